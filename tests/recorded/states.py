@@ -54,7 +54,7 @@ from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Gained, LeaseFailed, Offered, Search, Want
 from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.renewal import Renewal, Renewed
-from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
+from hypha.scheduler.status.history import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived

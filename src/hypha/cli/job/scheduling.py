@@ -28,8 +28,7 @@ from hypha.naming import named
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler import JobResult, JobSnapshot, Observation, run_job
-from hypha.scheduler.status.history import History
-from hypha.scheduler.status.history_file import keep_history
+from hypha.scheduler.status.history import History, keep_history
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.http.hosts import is_loopback
 from hypha.telemetry.page import Access, PageFeed, page_routes, token_in

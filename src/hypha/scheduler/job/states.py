@@ -36,9 +36,8 @@ from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules
-from hypha.scheduler.status.progress import Progressed
 from hypha.scheduler.status.round_traces import RoundTraces
-from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot, Progressed
 
 Observer = Callable[[JobSnapshot], None]
 

@@ -23,8 +23,8 @@ from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds import machine as rounds
 from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
 from hypha.scheduler.rounds.machine import RoundMachine
-from hypha.scheduler.status.progress import Progressed
-from hypha.scheduler.status.snapshot import JobState
+from hypha.scheduler.rounds.participants import Member
+from hypha.scheduler.status.snapshot import JobState, Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import OTHER, Reading
 
@@ -217,14 +217,14 @@ class JobMetrics:
                 (metrics.PRICES, self._prices),
                 (metrics.ALLOCATION_WAIT, self._waits),
                 (metrics.SLICES, self._slices),
-                (metrics.EPOCH, self._epoch),
+                (metrics.EPOCH, self._of_machine(lambda machine: machine.tracker.epoch)),
                 (metrics.PROVIDERS, self._providers),
-                (metrics.ROUND, self._round),
+                (metrics.ROUND, self._of_machine(lambda machine: machine.round)),
                 (metrics.ROUNDS, lambda: float(self._rounds_wanted)),
                 (metrics.ROUND_AGE, lambda: trio.current_time() - self._applied_at),
-                (metrics.BATCH_TIME, self._batch_times),
-                (metrics.IDLE, self._idle_shares),
-                (metrics.CHECKPOINT_ROUND, self._checkpoint_round),
+                (metrics.BATCH_TIME, self._of_members(lambda member: member.batch_time.value_s)),
+                (metrics.IDLE, self._of_members(lambda member: member.idle_share)),
+                (metrics.CHECKPOINT_ROUND, lambda: _only(self._progressed.checkpoint)),
                 (metrics.CHECKPOINT_AGE, self._checkpoint_age),
                 (metrics.JOB_STATE, lambda: _states(state())),
             ):
@@ -250,42 +250,28 @@ class JobMetrics:
     def _slices(self) -> Iterable[Reading]:
         self._count_refused()
         machine = self._machine()
-        if machine is None:
-            return []
-        return [({"state": state}, count) for state, count in machine.tracker.counts().items()]
+        counts = machine.tracker.counts() if machine is not None else {}
+        return [({"state": state}, count) for state, count in counts.items()]
 
-    def _epoch(self) -> Iterable[Reading]:
-        machine = self._machine()
-        return _only(machine.tracker.epoch if machine is not None else None)
+    def _of_machine(self, value: Callable[[RoundMachine], float]) -> Callable[[], Iterable[Reading]]:
+        def read() -> Iterable[Reading]:
+            machine = self._machine()
+            return _only(None if machine is None else value(machine))
+
+        return read
+
+    def _of_members(self, value: Callable[[Member], float | None]) -> Callable[[], Iterable[Reading]]:
+        def read() -> Iterable[Reading]:
+            machine = self._machine()
+            members = machine.members.values() if machine is not None else ()
+            values = ((member.peer, value(member)) for member in members)
+            return [({"worker": peer}, one) for peer, one in values if one is not None]
+
+        return read
 
     def _providers(self) -> Iterable[Reading]:
         dataset = self._dataset()
         return _only(len(dataset.providers) if dataset is not None else None)
-
-    def _round(self) -> Iterable[Reading]:
-        machine = self._machine()
-        return _only(machine.round if machine is not None else None)
-
-    def _batch_times(self) -> Iterable[Reading]:
-        machine = self._machine()
-        members = machine.members.values() if machine is not None else ()
-        return [
-            ({"worker": member.peer}, member.batch_time.value_s)
-            for member in members
-            if member.batch_time.value_s is not None
-        ]
-
-    def _idle_shares(self) -> Iterable[Reading]:
-        machine = self._machine()
-        members = machine.members.values() if machine is not None else ()
-        return [
-            ({"worker": member.peer}, member.idle_share)
-            for member in members
-            if member.idle_share is not None
-        ]
-
-    def _checkpoint_round(self) -> Iterable[Reading]:
-        return _only(self._progressed.checkpoint)
 
     def _checkpoint_age(self) -> Iterable[Reading]:
         saved_at = self._progressed.checkpoint_at
