@@ -44,7 +44,7 @@ from hypha.net.libp2p.traced_messages import traceparent_of
 from hypha.net.peers.addresses import AddressBook, host_and_port, ip_of, parse
 from hypha.pki.certificates import peer_id_of, roles_of
 from hypha.pki.identity import IdentityFiles, load_identity
-from hypha.scheduler.durable.ledger_files import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.status.history import read_history
 from hypha.tracing import span
 from hypha.tracing.operations import ANSWER

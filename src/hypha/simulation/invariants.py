@@ -24,7 +24,7 @@ from hypha.net.bulk.files import hash_file
 from hypha.scheduler import JobResult
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.ledger_files import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot

@@ -1,4 +1,4 @@
-"""What checks compare and find: what a model's ``config.json`` states of its inputs and labels, as far as that
+"""What checks compare and find: what a model's ``config.json`` states of its inputs and labels, as far as it
 is known without building the model, and what is wrong, in words.
 """
 

@@ -25,7 +25,7 @@ from hypha.journal import JournalEntry
 from hypha.messages import LedgerFile
 from hypha.node import Changes
 from hypha.runtime import in_thread, wall_time
-from hypha.scheduler.durable.ledger_files import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.rounds.machine import NAME
 from hypha.scheduler.status.round_record import (
