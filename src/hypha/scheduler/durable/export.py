@@ -74,12 +74,12 @@ def absolute_place(place: str) -> str:
 
 def output_for(place: str, token: str | None = None) -> Output:
     """The output named ``place`` in the configuration."""
-    scheme, separator, rest = place.partition("://")
-    if scheme == "hf" and separator:
-        return HubOutput(rest.rstrip("/"), token)
-    if separator and scheme != "file":
-        return UrlOutput(place.rstrip("/"))
-    return LocalOutput(Path(rest if separator else place))
+    directory = local_directory(place)
+    if directory is not None:
+        return LocalOutput(directory)
+    if place.startswith("hf://"):
+        return HubOutput(place.removeprefix("hf://").rstrip("/"), token)
+    return UrlOutput(place.rstrip("/"))
 
 
 @contextmanager

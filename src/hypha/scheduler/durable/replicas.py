@@ -37,9 +37,8 @@ from hypha.messages import (
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory, safe_relative
 from hypha.scheduler.leasing.leases import LeaseGained
 
 logger = logging.getLogger(__name__)
@@ -63,10 +62,9 @@ Copy = tuple[PeerRef, CheckpointIndex]
 class Replicas:
     """Copies of the checkpoints of the job called ``job``, as ``node`` left them with workers."""
 
-    def __init__(self, node: Node, job: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, node: Node, job: str) -> None:
         self.node = node
         self.job = job
-        self._patience_s = patience_s
         #: who was asked by this scheduler to keep one, whatever came of it
         self.asked: dict[str, PeerRef] = {}
 
@@ -101,7 +99,7 @@ class Replicas:
         """
         if state.ledger.exists():
             return
-        copies = [copy for copy in await self._ask_around(self._patience_s) if self._is_own(*copy)]
+        copies = [copy for copy in await self._ask_around(PATIENCE_S) if self._is_own(*copy)]
         jobs = sorted({index.job_id for _, index in copies})
         if not jobs:
             return
@@ -233,7 +231,7 @@ class Replicas:
         """
         await in_thread(shutil.rmtree, place, True)
         left = list(copies)
-        deadline = trio.current_time() + self._patience_s
+        deadline = trio.current_time() + PATIENCE_S
         while left:
             # they may have other addresses by now
             await self.node.find_providers(self._name)

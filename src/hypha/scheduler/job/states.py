@@ -24,12 +24,11 @@ from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.export import Output, output_for
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.starts import Generation, described
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.handlers import ServedDirectory, served_directories
 from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.leases import LeaseGained
