@@ -35,28 +35,31 @@ from hypha.errors import IdentityError
 from hypha.pki.certificates import (
     LIMIT_PREFIX,
     ROLE_PREFIX,
+    attribute_of,
     ed25519_key_of,
     is_ca,
     issued_by,
     name_of,
+    organization_of,
     path_length,
     roles_in,
     roles_issued_by,
 )
-from hypha.pki.files import check_absent, replace_file, write_new
-from hypha.pki.inspection import describe
 from hypha.pki.issuers import (
     Authority,
     CaFiles,
+    check_absent,
     digest_for,
     key_identifier_of,
     load_authority,
     load_certificate,
     load_chain,
+    replace_file,
     sign,
+    write_new,
 )
 
-__all__ = ["CaFiles", "MadeFiles", "describe", "make_node", "make_org", "make_root", "renew_node", "revoke"]
+__all__ = ["CaFiles", "MadeFiles", "make_node", "make_org", "make_root", "renew_node", "revoke"]
 
 ROOT_DAYS = 3650
 ORG_DAYS = 1825
@@ -83,14 +86,11 @@ def make_root(
 ) -> MadeFiles:
     """A self-signed root CA called ``name`` (default ``<organization> Root CA``)."""
     stem = _ca_stem(name or organization)
-    made = MadeFiles(cert=directory / f"{stem}-cert.pem", key=directory / f"{stem}-key.pem")
-    check_absent([made.cert, made.key], _clash(stem))
+    made = _files(directory, stem, _clash(stem), trust=False)
     key = Ed25519PrivateKey.generate()
-    subject = _subject(name or f"{organization} Root CA", organization, country)
+    subject = _subject(name or f"{organization} Root CA", organization, country or "")
     builder = _builder(subject, subject, key.public_key(), days, None)
-    certificate = _ca(builder, None).sign(key, None)
-    write_new([(made.key, _key_pem(key), 0o600), (made.cert, _pem(certificate), 0o644)])
-    return made
+    return _written(made, key, _ca(builder, None).sign(key, None))
 
 
 def make_org(
@@ -112,13 +112,8 @@ def make_org(
             f"{ca.cert}: this CA may only issue nodes, no organisation (path length 0); use the root"
         )
     stem = _ca_stem(name or organization)
-    made = MadeFiles(
-        cert=directory / f"{stem}-cert.pem",
-        key=directory / f"{stem}-key.pem",
-        trust=directory / f"{stem}-trust.pem",
-    )
-    check_absent([made.cert, made.key, directory / f"{stem}-trust.pem"], _clash(stem))
-    country = _attribute(authority.certificate.subject, NameOID.COUNTRY_NAME)
+    made = _files(directory, stem, _clash(stem))
+    country = attribute_of(authority.certificate, NameOID.COUNTRY_NAME)
     subject = _subject(name or f"{organization} CA", organization, country)
     if subject == authority.certificate.subject:
         raise IdentityError(
@@ -132,8 +127,7 @@ def make_org(
         # not critical: nodes of an older version and OpenSSL do not know it, and would refuse the whole CA
         builder = builder.add_extension(x509.SubjectAlternativeName(limits), critical=False)
     certificate = sign(_ca(builder, 0), authority.key)
-    _write_with_trust(made, key, certificate, (certificate, *authority.bundle))
-    return made
+    return _written(made, key, certificate, (certificate, *authority.bundle))
 
 
 def make_node(
@@ -153,22 +147,13 @@ def make_node(
     if told := [entry for entry in san if entry.lower().startswith("urn:hypha:")]:
         raise IdentityError(f"{told[0]}: roles are no names; say them with the role option")
     _check_limit(ca, authority, frozenset(roles))
-    stem = _slug(name)
-    made = MadeFiles(
-        cert=directory / f"{stem}-cert.pem",
-        key=directory / f"{stem}-key.pem",
-        trust=directory / f"{stem}-trust.pem",
-    )
-    check_absent([made.cert, made.key, directory / f"{stem}-trust.pem"], "give the node another name")
-    above = authority.certificate.subject
-    subject = _subject(
-        name, _attribute(above, NameOID.ORGANIZATION_NAME), _attribute(above, NameOID.COUNTRY_NAME)
-    )
+    made = _files(directory, _slug(name), "give the node another name")
+    above = authority.certificate
+    subject = _subject(name, organization_of(above), attribute_of(above, NameOID.COUNTRY_NAME))
     key = Ed25519PrivateKey.generate()
     names = [*_role_names(roles), *(_general_name(entry) for entry in san)]
     certificate = _issue_node(authority, subject, key.public_key(), names, days)
-    _write_with_trust(made, key, certificate, authority.bundle)
-    return made
+    return _written(made, key, certificate, authority.bundle)
 
 
 def renew_node(
@@ -351,27 +336,32 @@ def _key_usage(*, ca: bool) -> x509.KeyUsage:
     )
 
 
-def _write_with_trust(
+def _files(directory: Path, stem: str, advice: str, *, trust: bool = True) -> MadeFiles:
+    """What is going to be written; IdentityError, with ``advice``, where any of it is there already."""
+    cert, key, bundle = (directory / f"{stem}-{kind}.pem" for kind in ("cert", "key", "trust"))
+    check_absent([cert, key, bundle] if trust else [cert, key], advice)
+    return MadeFiles(cert, key, bundle if trust else None)
+
+
+def _written(
     made: MadeFiles,
     key: Ed25519PrivateKey,
     certificate: x509.Certificate,
-    trust: tuple[x509.Certificate, ...],
-) -> None:
-    files = [(made.key, _key_pem(key), 0o600), (made.cert, _pem(certificate), 0o644)]
+    trust: tuple[x509.Certificate, ...] = (),
+) -> MadeFiles:
+    key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    files = [(made.key, key_pem, 0o600), (made.cert, _pem(certificate), 0o644)]
     if made.trust is not None:
         files.append((made.trust, b"".join(_pem(one) for one in trust), 0o644))
     write_new(files)
-
-
-def _key_pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return made
 
 
 def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(Encoding.PEM)
 
 
-def _subject(common_name: str, organization: str | None, country: str | None) -> x509.Name:
+def _subject(common_name: str, organization: str, country: str) -> x509.Name:
     try:
         attributes = [x509.NameAttribute(NameOID.COUNTRY_NAME, country)] if country else []
         if organization:
@@ -379,11 +369,6 @@ def _subject(common_name: str, organization: str | None, country: str | None) ->
         return x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     except ValueError as exc:
         raise IdentityError(f"this cannot be the name of a certificate: {exc}") from exc
-
-
-def _attribute(name: x509.Name, oid: x509.ObjectIdentifier) -> str | None:
-    values = name.get_attributes_for_oid(oid)
-    return str(values[0].value) if values else None
 
 
 def _general_name(entry: str) -> x509.GeneralName:

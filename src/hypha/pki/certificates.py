@@ -135,15 +135,16 @@ def name_of(certificate: x509.Certificate) -> str:
 
 def common_name_of(certificate: x509.Certificate) -> str:
     """The common name of its subject, as its authority wrote it; empty where it has none."""
-    return _attribute(certificate, NameOID.COMMON_NAME)
+    return attribute_of(certificate, NameOID.COMMON_NAME)
 
 
 def organization_of(certificate: x509.Certificate) -> str:
     """The organisation of its subject; empty where it has none."""
-    return _attribute(certificate, NameOID.ORGANIZATION_NAME)
+    return attribute_of(certificate, NameOID.ORGANIZATION_NAME)
 
 
-def _attribute(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
+def attribute_of(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
+    """An attribute of its subject; empty where it has none."""
     try:
         return "".join(str(one.value) for one in certificate.subject.get_attributes_for_oid(oid)[:1])
     except ValueError:

@@ -1,5 +1,5 @@
-"""The job's state directory: one scheduler at a time, and never a half-deleted or foreign state in it. And the
-checkpoints there: kept whole or not at all, K deep, verified when loaded.
+"""The job's state directory: one scheduler at a time, and never a half-deleted or foreign state in it. And
+the checkpoints there: kept whole or not at all, K deep, verified when loaded.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ class CheckpointStore:
     """The checkpoints of one job in its state directory. All methods block (files, hashes): call them in a
     thread.
 
-    Files arrive in ``incoming/``, each generation of the job apart: what a dead parameter server left half-way
-    may still be waited for, and must not stand in its successor's way. When the parameter server reports that
-    the checkpoint of a round is complete, its files get an index with sizes and BLAKE3 hashes and become
-    ``checkpoints/round-N`` in one rename.
+    Files arrive in ``incoming/``, each generation of the job apart: what a dead parameter server left
+    half-way may still be waited for, and must not stand in its successor's way. When the parameter server
+    reports that the checkpoint of a round is complete, its files get an index with sizes and BLAKE3 hashes
+    and become ``checkpoints/round-N`` in one rename.
     """
 
     def __init__(self, state: StateDirectory, job_id: str, keep: int) -> None:
