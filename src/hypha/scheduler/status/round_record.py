@@ -29,22 +29,7 @@ from hypha.messages import (
     UpdateRefused,
 )
 from hypha.naming import names_of
-from hypha.scheduler.rounds.events import (
-    Again,
-    DataServed,
-    Drop,
-    Fail,
-    JobRefused,
-    Joined,
-    LetGo,
-    ParticipantLost,
-    Reachable,
-    Reported,
-    Restart,
-    Send,
-    Told,
-    Unreachable,
-)
+from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.failures import exit_text
 from hypha.scheduler.status.snapshot import JobSnapshot
 
@@ -290,28 +275,28 @@ class OpenRound:
 
     def _heard(self, event: object, now: float) -> None:
         match event:
-            case Joined(ref=ref, kind="train"):
+            case events.Joined(ref=ref, kind="train"):
                 self.tracks.setdefault(ref.peer, Track()).switch("loading", now)
-            case Joined(ref=ref):
+            case events.Joined(ref=ref):
                 self.server = ref.peer
                 self.server_track.switch("loading", now)
-            case Told(sender=sender, kind=kind, stamp=stamp) if stamp.generation == self.generation:
+            case events.Told(sender=sender, kind=kind, stamp=stamp) if stamp.generation == self.generation:
                 self._told(sender, kind, event.event, now)
-            case Reported(sender=sender, progress=progress) if progress.round == self.round:
+            case events.Reported(sender=sender, progress=progress) if progress.round == self.round:
                 track = self.tracks.get(sender)
                 if track is not None and progress.batches > track.batches:
                     track.batches, track.loss = progress.batches, progress.loss
                     track.reported_at, track.batch_s = now, progress.busy_s / progress.batches
                     track.look_at_plan(now)
-            case ParticipantLost(peer=peer, kind=kind, reason=reason):
+            case events.ParticipantLost(peer=peer, kind=kind, reason=reason):
                 self._gone(peer, kind, "lost", reason, now)
-            case JobRefused(peer=peer, reason=reason):
+            case events.JobRefused(peer=peer, reason=reason):
                 self._fault(peer, "refused", reason, now)
-            case Unreachable(peer=peer):
+            case events.Unreachable(peer=peer):
                 self._fault(peer, "unreachable", "it cannot be reached; its lease has not expired", now)
-            case Reachable(peer=peer):
+            case events.Reachable(peer=peer):
                 self._fault(peer, "reachable", "it answers again", now)
-            case DataServed(served=False):
+            case events.DataServed(served=False):
                 self._fault("", "no data", "no data node serves the dataset", now)
 
     def _told(self, sender: str, kind: ExecutorClass, event: object, now: float) -> None:
@@ -344,23 +329,23 @@ class OpenRound:
 
     def _decided(self, action: object, now: float) -> None:
         match action:
-            case Send(to=to, directive=Plan(round=number, batches=batches)) if number == self.round:
+            case events.Send(to=to, directive=Plan(round=number, batches=batches)) if number == self.round:
                 if (track := self.tracks.get(to.peer)) is not None:
                     track.plan = batches
                     track.look_at_plan(now)
-            case Send(directive=CloseRound()):
+            case events.Send(directive=CloseRound()):
                 self.server_track.switch("outer-step", now)
-            case Drop(peer=peer, kind=kind, reason=reason):
+            case events.Drop(peer=peer, kind=kind, reason=reason):
                 self._gone(peer, kind, "replaced", reason, now)
-            case LetGo(peer=peer, kind=kind, reason=reason):
+            case events.LetGo(peer=peer, kind=kind, reason=reason):
                 self._gone(peer, kind, "left", reason, now)
-            case Again(peer=peer, reason=reason):
+            case events.Again(peer=peer, reason=reason):
                 self._fault(peer, "executor started again", reason, now)
-            case Restart(reason=reason):
+            case events.Restart(reason=reason):
                 for track in (self.server_track, *self.tracks.values()):
                     track.switch(None, now)
                 self._fault(self.server, "parameter server lost", reason, now)
-            case Fail(error=error):
+            case events.Fail(error=error):
                 self._fault("", "job failed", str(error), now)
 
     def _look_at_broadcast(self, now: float) -> None:
