@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import msgspec
 import trio
 
 from hypha import __version__
 from hypha.errors import HyphaError
 from hypha.features import printable
-from hypha.messages import UpdateStatistics
 from hypha.naming import name_of
 from hypha.node import ConnectionInfo
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Outcome
 from hypha.scheduler.leasing.leases import HeldLease
-from hypha.scheduler.rounds.participants import Member
+from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.status.sentences import job_state, sentence
 from hypha.scheduler.status.snapshot import (
     ConnectionSnapshot,
@@ -45,80 +45,73 @@ def snapshot_of(
         message = stage.step
     else:
         message = sentence(config, machine, pool, dataset, output)
-    server = machine.server.peer if machine is not None and machine.server is not None else None
-    return JobSnapshot(
+    snapshot = JobSnapshot(
         name=config.name,
-        job_id=machine.start.job_id if machine is not None else "",
         state="failed" if isinstance(outcome, HyphaError) else job_state(machine, pool, config),
-        phase=machine.phase if machine is not None else "",
         message=message,
-        generation=machine.start.generation if machine is not None else 0,
-        round=machine.round if machine is not None else 0,
         rounds=config.rounds.update_rounds,
         samples=progressed.samples,
         samples_per_s=progressed.samples_per_s,
         loss=progressed.loss,
-        theta=machine.theta if machine is not None else "",
-        workers=_worker_snapshots(context, stage),
-        parameter_server=server,
-        parameter_server_name=name_of(server or ""),
         dataset=config.dataset.dataset,
         dataset_samples=dataset.manifest.samples if dataset is not None else 0,
         providers=len(dataset.providers) if dataset is not None else 0,
-        epoch=machine.tracker.epoch if machine is not None else 0,
         leases=len({(lease.worker.peer, lease.kind) for lease in pool.leases}),
         checkpoint=progressed.checkpoint,
         output=output,
         elapsed_s=now - context.began,
-        refused=dict(machine.counts) if machine is not None else {},
         goodput=goodput,
         version=__version__,
         scheduler=node.peer_id,
         scheduler_name=name_of(node.peer_id),
         held=tuple(_lease_snapshot(held, now) for held in pool.held),
-        slices=SliceCounts(**machine.tracker.counts()) if machine is not None else None,
         connections=_connection_snapshots(node.connections()),
         services=services,
     )
+    if machine is None:
+        return snapshot
+    server = machine.server.peer if machine.server is not None else None
+    return msgspec.structs.replace(
+        snapshot,
+        job_id=machine.start.job_id,
+        phase=machine.phase,
+        generation=machine.start.generation,
+        round=machine.round,
+        theta=machine.theta,
+        workers=_worker_snapshots(context, machine),
+        parameter_server=server,
+        parameter_server_name=name_of(server or ""),
+        epoch=machine.tracker.epoch,
+        refused=dict(machine.counts),
+        slices=SliceCounts(**machine.tracker.counts()),
+    )
 
 
-def _worker_snapshots(context: JobContext, stage: JobStage) -> tuple[WorkerSnapshot, ...]:
-    if stage.machine is None:
-        return ()
+def _worker_snapshots(context: JobContext, machine: RoundMachine) -> tuple[WorkerSnapshot, ...]:
     leases = {lease.worker.peer: lease.lease_id for lease in context.pool.leases if lease.kind == "train"}
     versions = {lease.worker.peer: printable(lease.version) for lease in context.pool.leases}
-    updates, round_ = context.progressed.updates, stage.machine.round
-    return tuple(
-        _worker_snapshot(
-            member,
-            round_,
-            leases.get(member.peer, ""),
-            updates.get(member.peer),
-            versions.get(member.peer, ""),
+    updates = context.progressed.updates
+    shown = []
+    for member in machine.members.values():
+        peer, update = member.peer, updates.get(member.peer)
+        worker = WorkerSnapshot(
+            peer=peer,
+            state=member.state(machine.round),
+            batches=member.batches,
+            planned=member.plan,
+            batch_size=member.batch_size,
+            samples_per_s=member.samples_per_s,
+            samples=member.total_samples,
+            loss=member.loss if math.isfinite(member.loss) else None,
+            lease=leases.get(peer, ""),
+            update_norm=update.norm if update is not None else None,
+            update_cosine=update.cosine if update is not None else None,
+            version=versions.get(peer, ""),
+            name=name_of(peer),
+            idle_share=member.idle_share,
         )
-        for member in stage.machine.members.values()
-    )
-
-
-def _worker_snapshot(
-    member: Member, round_: int, lease: str, update: UpdateStatistics | None, version: str
-) -> WorkerSnapshot:
-    return WorkerSnapshot(
-        peer=member.peer,
-        state=member.state(round_),
-        batches=member.batches,
-        planned=member.plan,
-        batch_size=member.batch_size,
-        samples_per_s=member.samples_per_s,
-        samples=member.total_samples,
-        loss=member.loss if math.isfinite(member.loss) else None,
-        lease=lease,
-        update_norm=update.norm if update is not None else None,
-        update_cosine=update.cosine if update is not None else None,
-        version=version,
-        name=name_of(member.peer),
-        idle_share=member.idle_share,
-    )
+        shown.append(worker)
+    return tuple(shown)
 
 
 def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
