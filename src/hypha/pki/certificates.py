@@ -84,7 +84,8 @@ def peer_id_of(certificate_der: bytes) -> str:
 
 
 def roles_in(certificate: x509.Certificate) -> frozenset[str]:
-    """Roles from URI names ``urn:hypha:role:<role>``, as they are written.
+    """Roles from URI names ``urn:hypha:role:<role>``, as they are written; empty means any (unless a node
+    requires roles).
 
     Unknown ones are kept, and so is a whole name that only resembles such a one (another case): dropping
     them would turn "may only be X" into "may be anything".
@@ -108,11 +109,6 @@ def _marked(certificate: x509.Certificate, prefix: str) -> frozenset[str]:
     except (ValueError, x509.DuplicateExtension) as exc:
         raise IdentityError(f"certificate {name_of(certificate)} has broken extensions: {exc}") from exc
     return frozenset(uri.removeprefix(prefix) for uri in uris if uri.lower().startswith(prefix))
-
-
-def roles_of(certificate_der: bytes) -> frozenset[str]:
-    """Roles a certificate allows; empty means any (unless a node requires roles)."""
-    return roles_in(parse_der(certificate_der))
 
 
 def presented_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> tuple[bytes, ...]:
@@ -192,7 +188,6 @@ def path_length(certificate: x509.Certificate) -> int | None:
 
 
 def is_self_signed(certificate: x509.Certificate) -> bool:
-    """A root: it vouches for itself."""
     return certificate.subject == certificate.issuer and issued_by(certificate, certificate)
 
 
@@ -322,7 +317,6 @@ def _beyond_limit(leaf: x509.Certificate, ca: x509.Certificate) -> str | None:
 
 
 def crl_signed_by(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:
-    """Whether ``ca``'s key made this list."""
     try:
         return crl.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
     except (TypeError, ValueError, UnsupportedAlgorithm):

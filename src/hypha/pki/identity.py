@@ -131,13 +131,7 @@ class Identity:
 
     @property
     def private_key(self) -> Ed25519PrivateKey:
-        """The certificate's key."""
         return self._material.key
-
-    @property
-    def expires(self) -> datetime:
-        """When the first certificate that this node presents ends (UTC)."""
-        return min(certificate.not_valid_after_utc for certificate in self._material.chain)
 
     def expirations(self) -> dict[str, datetime]:
         """When (UTC) the own ``certificate`` ends, the first of the CAs above it (``issuer``), and the first

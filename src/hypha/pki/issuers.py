@@ -98,7 +98,6 @@ def _above(ca: CaFiles, certificate: x509.Certificate) -> tuple[x509.Certificate
 
 
 def load_certificate(path: Path) -> x509.Certificate:
-    """The first certificate in ``path``."""
     return load_chain(path)[0]
 
 
@@ -129,7 +128,6 @@ def key_identifier_of(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
 
 
 def check_absent(paths: Sequence[Path], advice: str) -> None:
-    """IdentityError when any of ``paths`` exists."""
     if there := [str(path) for path in paths if os.path.lexists(path)]:
         raise IdentityError(f"{', '.join(there)}: already there, and nothing is overwritten; {advice}")
 

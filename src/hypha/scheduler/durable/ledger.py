@@ -121,7 +121,6 @@ class Ledger:
         return Standing(*row[:4], decode_json(row[4], TrainJob), decode_json(row[5], AggregateJob))
 
     def open_job(self, opening: Opening, tracker: TrackerState) -> None:
-        """A new job begins with round 0."""
         with self._db:
             self._db.execute(
                 "INSERT INTO job (one, job_id, generation, state, manifest_hash, train, aggregate, manifest)"
@@ -153,7 +152,6 @@ class Ledger:
         self._write("UPDATE job SET theta = ?", theta)
 
     def record(self, entry: LedgerRound, tracker: TrackerState, steps: int) -> None:
-        """A round was applied."""
         with self._db:
             self._db.execute(
                 "INSERT INTO rounds (generation, round, samples, theta, entry) VALUES (?, ?, ?, ?, ?)",
@@ -203,13 +201,11 @@ class Ledger:
         self._write("INSERT OR REPLACE INTO checkpoints (round, place) VALUES (?, ?)", round_, place)
 
     def forget_checkpoint(self, round_: int) -> None:
-        """Its files are gone or wrong."""
         with self._db:
             self._db.execute("DELETE FROM checkpoints WHERE round = ?", (round_,))
             self._db.execute("DELETE FROM replicas WHERE round = ?", (round_,))
 
     def replicated(self, worker: PeerRef, index: CheckpointIndex) -> None:
-        """``worker`` has a complete copy of the checkpoint."""
         query = "INSERT OR REPLACE INTO replicas (round, peer, worker, content) VALUES (?, ?, ?, ?)"
         self._write(query, index.round, worker.peer, _text(worker), _text(index))
 
@@ -222,11 +218,9 @@ class Ledger:
         return [(decode_json(worker, PeerRef), decode_json(index, CheckpointIndex)) for worker, index in rows]
 
     def skip_generations(self, count: int) -> None:
-        """The next generation is another ``count`` generations later."""
         self._write("UPDATE job SET generation = generation + ?", count)
 
     def copy_to(self, path: Path) -> None:
-        """Write a copy of the whole ledger as it is now."""
         path.unlink(missing_ok=True)
         with closing(sqlite3.connect(path)) as copy:
             self._db.backup(copy)
@@ -251,7 +245,6 @@ class Ledger:
         return int(round_), int(steps), str(theta)
 
     def newest_start(self) -> int:
-        """The newest round that can be started again."""
         row = self._db.execute(
             "SELECT MAX(starts.round) FROM starts JOIN checkpoints ON checkpoints.round = starts.round"
         ).fetchone()

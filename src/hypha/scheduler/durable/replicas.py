@@ -314,7 +314,6 @@ class Replicating:
                     await self._changed.wait()
 
     def close(self) -> None:
-        """No more copies are wanted."""
         self._scope.cancel()
 
     async def _copy(self, store: CheckpointStore, round_: int) -> bool:
@@ -414,5 +413,4 @@ def _ledger_of(index: CheckpointIndex) -> CheckpointIndex:
 
 
 def _fields(worker: PeerRef, index: CheckpointIndex) -> dict[str, object]:
-    """Of a line in the log."""
     return {"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round}

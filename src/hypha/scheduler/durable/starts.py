@@ -47,7 +47,6 @@ class Generation:
     rounds_lost: bool = False
 
     def restore(self, scheduler: PeerRef) -> Reference | None:
-        """Where the parameter server finds the checkpoint."""
         if not self.place:
             return None
         if self.place == "scheduler":
@@ -222,7 +221,6 @@ def _plain(value: object) -> object:
 
 
 def _differences(path: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
-    """Where two descriptions differ, and how."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
             yield from _differences(f"{path}.{key}", before.get(key), now.get(key))

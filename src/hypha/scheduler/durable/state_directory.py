@@ -70,7 +70,6 @@ class StateDirectory:
         self.close()
 
     def close(self) -> None:
-        """Unlock."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -184,7 +183,6 @@ class CheckpointStore:
         move_directory(source, self._directory(index.round))
 
     def path(self, round_: int, name: str) -> Path:
-        """Where a file of a checkpoint lies."""
         return self._directory(round_) / safe_relative(name)
 
     def returning(self, round_: int) -> Path:

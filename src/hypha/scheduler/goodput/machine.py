@@ -119,7 +119,6 @@ class Goodput(GoodputMembers):
         return self.now if self.ended else max(self.now, nanoseconds(now))
 
     def handle(self, entry: JournalEntry) -> list[GoodputNews]:
-        """Take note of an entry, in order."""
         if self.ended:
             return []
         self._news = []
@@ -135,7 +134,6 @@ class Goodput(GoodputMembers):
         return self._news
 
     def _take_round(self, entry: JournalEntry, now: int) -> None:
-        """An entry of the round machine."""
         event = entry.event
         if isinstance(event, events.GenerationBegan):
             self._begin_generation(event, now)
@@ -288,7 +286,6 @@ class Goodput(GoodputMembers):
                         self._touched.add(member.place)
 
     def _recorded(self, entry: LedgerRound, now: int) -> None:
-        """A round was applied."""
         self._samples[entry.round] = entry.samples
         self._total += entry.samples
         self._here += entry.samples

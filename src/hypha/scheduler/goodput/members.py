@@ -26,7 +26,6 @@ _LONGEST_BUSY_S = 1e9
 
 
 def nanoseconds(seconds: float) -> int:
-    """``seconds`` in whole ones."""
     return round(seconds * NANOSECONDS)
 
 
@@ -47,7 +46,6 @@ class TrainingMember:
     accepted: bool = False
 
     def open_round(self) -> None:
-        """The next round is open."""
         self.batches = self.attempt = 0
         self.plan = None
         self.done = self.accepted = False
@@ -205,7 +203,6 @@ class GoodputMembers:
         self._touched.update(range(len(self.places)))
 
     def _is_current(self, stamp: JobStamp) -> bool:
-        """Whether it is of this generation of the job."""
         if self._generation is None:
             return False
         start = self._generation.start

@@ -79,16 +79,13 @@ class GoodputPlace:
 
     @property
     def last_sign(self) -> int:
-        """The last sign of life."""
         return max(self.heard, self.alive)
 
     def occupy(self, peer: str, lease: str, now: int) -> None:
-        """``peer`` is leased for it."""
         self.peer, self.lease, self.leased_since = peer, lease, now
         self.heard = self.alive = now
 
     def vacate(self, now: int) -> None:
-        """Nobody is here any more."""
         if self.leased_since is not None:
             self.leased += now - self.leased_since
         self.peer = self.lease = ""
@@ -108,7 +105,6 @@ class GoodputPlace:
         self.what = what
 
     def train(self, effort: Effort, at: int) -> None:
-        """From ``at`` on it trains."""
         self._close(at)
         self.what, self.effort = TRAINING, effort
         self.failed = False

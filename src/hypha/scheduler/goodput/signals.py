@@ -48,7 +48,6 @@ class GoodputSignals:
         self._goodput.resume({entry.round: entry.samples for entry in rounds})
 
     def listen(self, entry: JournalEntry) -> None:
-        """Called with each entry of the journal."""
         if self._broken:
             return
         try:

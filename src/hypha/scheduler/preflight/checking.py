@@ -169,7 +169,6 @@ class _Files:
         return None if described is None else describe_model(described, self._job.model.arguments)
 
     def preprocessor_config(self) -> Mapping[str, object] | None:
-        """What preprocessor_config.json states."""
         path = self.preprocessor
         return None if path is None else _json_in(path / "preprocessor_config.json")
 

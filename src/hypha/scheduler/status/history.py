@@ -183,7 +183,6 @@ class History:
 
 
 def _goes_on(entry: JournalEntry) -> bool:
-    """Whether the machine still trains."""
     state = entry.state
     return not isinstance(state, str) and state.get("phase") not in ("exporting", "done", "failed")
 

@@ -96,7 +96,6 @@ class RoundRecord(Struct, frozen=True, omit_defaults=True):
 
     @property
     def key(self) -> Key:
-        """What it is known by within its job."""
         return self.generation, self.round
 
 
@@ -203,7 +202,6 @@ class Track:
         self.kind, self.since = kind, now
 
     def seen(self, began: float, now: float) -> tuple[Span, ...]:
-        """All of it up to ``now``."""
         spans = list(self.spans)
         if self.kind is not None and now > self.since:
             spans.append((self.kind, self.since, now))
@@ -268,7 +266,6 @@ class OpenRound:
         return following
 
     def note(self, entry: JournalEntry) -> None:
-        """The round machine has handled an event."""
         self._heard(entry.event, entry.at_s)
         for action in entry.actions:
             self._decided(action, entry.at_s)

@@ -54,7 +54,6 @@ class RoundTraces:
         self._dispatches: dict[tuple[str, ExecutorClass], str] = {}
 
     def begin(self, job: str) -> None:
-        """The job called ``job`` is run from now on."""
         if self._ratio is None:
             return
         self._job = start_span(RUN_JOB, {"hypha.job.name": job})
@@ -76,7 +75,6 @@ class RoundTraces:
         return Traced(traceparent=parent, ratio=self._ratio)
 
     def note(self, entry: JournalEntry) -> None:
-        """A machine has handled an event."""
         if self._ratio is None:
             return
         if entry.machine == rounds.NAME:
@@ -87,7 +85,6 @@ class RoundTraces:
             self._renewal(entry)
 
     def close(self) -> None:
-        """The job has ended, or this run of it."""
         self._end("the job ended")
         job, self._job = self._job, None
         if job is not None:

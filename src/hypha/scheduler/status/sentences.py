@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
+import msgspec
 import trio
 
 from hypha.config.job import JobConfig
@@ -27,7 +28,6 @@ _MOST_NAMED = 5
 
 
 def job_state(machine: RoundMachine | None, pool: Pool, config: JobConfig) -> JobState:
-    """The state of the job, as the snapshot names it."""
     if machine is None:
         return "allocating"
     if machine.phase in ("exporting", "done", "failed"):
@@ -91,12 +91,7 @@ def missing(config: JobConfig, pool: Pool) -> str:
 
 def in_words(resources: Resources) -> str:
     """``cpu=2 gpu=10``."""
-    named = (
-        ("cpu", resources.cpu),
-        ("memory", resources.memory),
-        ("gpu", resources.gpu),
-        ("storage", resources.storage),
-    )
+    named = msgspec.structs.asdict(resources).items()
     return " ".join(f"{name}={value:g}" for name, value in named if value) or "anything"
 
 

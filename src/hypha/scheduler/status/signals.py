@@ -72,7 +72,6 @@ class JobMetrics:
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
 
     def note(self, entry: JournalEntry) -> None:
-        """A machine has handled an event."""
         if entry.machine == rounds.NAME:
             self._round_machine(entry)
         elif entry.machine == allocator.NAME:

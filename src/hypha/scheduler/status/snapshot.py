@@ -164,7 +164,6 @@ class Progressed:
 
     @property
     def samples(self) -> int:
-        """Samples in applied updates."""
         return sum(entry.samples for entry in self._entries.values())
 
     @property
@@ -174,7 +173,6 @@ class Progressed:
 
     @property
     def rounds(self) -> Iterable[LedgerRound]:
-        """Those that count."""
         return self._entries.values()
 
     @property
@@ -193,7 +191,6 @@ class Progressed:
             self.samples_per_s = rate if not mean else mean + _SHARE * (rate - mean)
 
     def resume(self, entries: Iterable[LedgerRound]) -> None:
-        """From an earlier generation."""
         self._entries = {entry.round: entry for entry in entries if not entry.discarded}
 
     def cut(self, round_: int) -> None:
