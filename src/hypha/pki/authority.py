@@ -89,7 +89,7 @@ def make_root(
     made = _files(directory, stem, _clash(stem), trust=False)
     key = Ed25519PrivateKey.generate()
     subject = _subject(name or f"{organization} Root CA", organization, country or "")
-    builder = _builder(subject, subject, key.public_key(), days, None)
+    builder = _builder(subject, key.public_key(), days, None)
     return _written(made, key, _ca(builder, None).sign(key, None))
 
 
@@ -121,7 +121,7 @@ def make_org(
             "and chains could not tell them apart; give it another name"
         )
     key = Ed25519PrivateKey.generate()
-    builder = _builder(subject, authority.certificate.subject, key.public_key(), days, authority)
+    builder = _builder(subject, key.public_key(), days, authority)
     if roles:
         limits = [x509.UniformResourceIdentifier(f"{LIMIT_PREFIX}{role}") for role in ROLES if role in roles]
         # not critical: nodes of an older version and OpenSSL do not know it, and would refuse the whole CA
@@ -279,7 +279,7 @@ def _issue_node(
     days: int,
 ) -> x509.Certificate:
     builder = (
-        _builder(subject, authority.certificate.subject, key, days, authority)
+        _builder(subject, key, days, authority)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
         .add_extension(
@@ -293,16 +293,16 @@ def _issue_node(
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, days: int, authority: Authority | None
+    subject: x509.Name, key: Ed25519PublicKey, days: int, authority: Authority | None
 ) -> x509.CertificateBuilder:
-    """Dates, serial number and key identifiers, which all certificates have."""
+    """What all certificates have; without an ``authority`` it is issued by itself."""
     if days < 1:
         raise IdentityError(f"a certificate must be valid for at least one day, not {days}")
     now = datetime.now(UTC).replace(microsecond=0)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(issuer)
+        .issuer_name(subject if authority is None else authority.certificate.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
         # a day back: machines whose clock is slow shall not refuse a new certificate

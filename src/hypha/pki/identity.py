@@ -91,17 +91,16 @@ class _Material:
     peer_id: str
     roles: frozenset[str]
     organization: str
-    stamps: tuple[object, ...]
     contexts: dict[tuple[bool, tuple[str, ...]], ssl.SSLContext] = field(default_factory=dict)
 
 
 class Identity:
     """A node's checked identity. Made by :func:`load_identity`; safe to use from several threads."""
 
-    def __init__(self, files: IdentityFiles, material: _Material) -> None:
+    def __init__(self, files: IdentityFiles, stamps: tuple[object, ...], material: _Material) -> None:
         self.files = files
         self._material = material
-        self._stamps = material.stamps
+        self._stamps = stamps
         self._learnt: dict[bytes, x509.Certificate] = {}
 
     @property
@@ -207,7 +206,7 @@ class Identity:
         if stamps == self._stamps and not force:
             return False
         self._stamps = stamps
-        material = _load(self.files, stamps, bool(self._material.rules.crls))
+        material = _load(self.files, bool(self._material.rules.crls))
         if material.peer_id != self.peer_id:
             text = (
                 f"the new certificate has another key (PeerID {material.peer_id} instead of {self.peer_id}); "
@@ -223,7 +222,9 @@ def load_identity(files: IdentityFiles, *, warn: bool = True) -> Identity:
     revocation list that is out of date, is logged, unless ``warn`` is false: a program that loads them once
     more later, when its logging is set up, leaves it to that.
     """
-    return Identity(files, _load(files, _stamps(files), warn=warn))
+    # taken before: what changes meanwhile is read again
+    stamps = _stamps(files)
+    return Identity(files, stamps, _load(files, warn=warn))
 
 
 def _stamps(files: IdentityFiles) -> tuple[object, ...]:
@@ -333,9 +334,7 @@ class _Reader:
         return tuple(found)
 
 
-def _load(
-    files: IdentityFiles, stamps: tuple[object, ...], had_lists: bool = False, warn: bool = True
-) -> _Material:
+def _load(files: IdentityFiles, had_lists: bool = False, warn: bool = True) -> _Material:
     reader = _Reader(files, warn)
     certificates = reader.certificates("cert_pem")
     key = reader.private_key()
@@ -357,7 +356,6 @@ def _load(
         peer_id=peer_id_of_key(key.public_key()),
         roles=roles_in(certificates[0]),
         organization=rules.organization(rules.check(certificates[0], certificates[1:])),
-        stamps=stamps,
     )
 
 

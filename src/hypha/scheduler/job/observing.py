@@ -11,11 +11,10 @@ import trio
 from hypha.runtime import is_simulated
 from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Observer, Outcome
-from hypha.scheduler.status.sentences import Awaiting, awaited, sentence
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.scheduler.status.versions import ServiceVersions
-from hypha.scheduler.status.view import snapshot_of
+from hypha.scheduler.status.view import Awaiting, awaited, sentence, snapshot_of
 
 _OBSERVE_S = 0.2
 

@@ -47,7 +47,7 @@ from hypha.scheduler.rounds.events import (
     Unreachable,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
-from hypha.scheduler.status.sentences import sentence
+from hypha.scheduler.status.view import sentence
 
 logger = logging.getLogger(__name__)
 

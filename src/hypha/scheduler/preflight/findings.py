@@ -110,11 +110,14 @@ class _Comparison:
             return
         for argument, name in self._given.items():
             if name not in self._columns:
-                yield PreflightFinding(
-                    _INPUTS,
-                    f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
-                    f"{described(self._all)}",
-                )
+                yield self._absent(_INPUTS, argument, name)
+
+    def _absent(self, key: str, argument: str, name: str) -> PreflightFinding:
+        return PreflightFinding(
+            key,
+            f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
+            f"{described(self._all)}",
+        )
 
     def _main_input(self) -> Iterator[PreflightFinding]:
         """Of the tasks whose models all begin with the same argument."""
@@ -160,11 +163,7 @@ class _Comparison:
         for argument, name in self._consumes.items():
             column = self._all.get(name)
             if column is None:
-                yield PreflightFinding(
-                    f"{_PREPROCESSOR}.input_names",
-                    f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
-                    f"{described(self._all)}",
-                )
+                yield self._absent(f"{_PREPROCESSOR}.input_names", argument, name)
             elif argument.startswith("text") and (column.dtype != "U8" or len(column.shape) != 1):
                 yield PreflightFinding(
                     _PREPROCESSOR,
