@@ -211,8 +211,8 @@ class JobMetrics:
         with contextlib.ExitStack() as stack:
             for gauge, source in (
                 (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),
-                (metrics.LEASES, lambda: [({"kind": kind}, self._leases(kind)) for kind in KINDS]),
-                (metrics.LEASES_WANTED, self._leases_wanted),
+                (metrics.LEASES, lambda: _by("kind", {kind: self._leases(kind) for kind in KINDS})),
+                (metrics.LEASES_WANTED, lambda: _by("kind", self._wanted)),
                 (metrics.PRICES, self._prices),
                 (metrics.ALLOCATION_WAIT, self._waits),
                 (metrics.SLICES, self._slices),
@@ -225,16 +225,16 @@ class JobMetrics:
                 (metrics.IDLE, self._of_members(lambda member: member.idle_share)),
                 (metrics.CHECKPOINT_ROUND, lambda: _only(self._progressed.checkpoint)),
                 (metrics.CHECKPOINT_AGE, self._checkpoint_age),
-                (metrics.JOB_STATE, lambda: _states(state())),
+                (
+                    metrics.JOB_STATE,
+                    lambda: _by("state", {one: float(one == state()) for one in metrics.JOB_STATES}),
+                ),
             ):
                 stack.enter_context(gauge.watch(source))
             yield
 
     def _leases(self, kind: ExecutorClass) -> int:
         return sum(lease.kind == kind for lease in self._pool.leases)
-
-    def _leases_wanted(self) -> Iterable[Reading]:
-        return [({"kind": kind}, count) for kind, count in self._wanted.items()]
 
     def _prices(self) -> Iterable[Reading]:
         for kind in KINDS:
@@ -244,13 +244,12 @@ class JobMetrics:
 
     def _waits(self) -> Iterable[Reading]:
         now = trio.current_time()
-        return [({"kind": kind}, max(0.0, now - since)) for kind, since in self._short_since.items()]
+        return _by("kind", {kind: max(0.0, now - since) for kind, since in self._short_since.items()})
 
     def _slices(self) -> Iterable[Reading]:
         self._count_refused()
         machine = self._machine()
-        counts = machine.tracker.counts() if machine is not None else {}
-        return [({"state": state}, count) for state, count in counts.items()]
+        return _by("state", machine.tracker.counts() if machine is not None else {})
 
     def _of_machine(self, value: Callable[[RoundMachine], float]) -> Callable[[], Iterable[Reading]]:
         def read() -> Iterable[Reading]:
@@ -263,8 +262,8 @@ class JobMetrics:
         def read() -> Iterable[Reading]:
             machine = self._machine()
             members = machine.members.values() if machine is not None else ()
-            values = ((member.peer, value(member)) for member in members)
-            return [({"worker": peer}, one) for peer, one in values if one is not None]
+            values = {member.peer: value(member) for member in members}
+            return _by("worker", {peer: one for peer, one in values.items() if one is not None})
 
         return read
 
@@ -282,5 +281,5 @@ def _only(value: float | None) -> Iterable[Reading]:
     return [] if value is None else [({}, value)]
 
 
-def _states(state: JobState) -> Iterable[Reading]:
-    return [({"state": one}, float(one == state)) for one in metrics.JOB_STATES]
+def _by(label: str, values: Mapping[str, float]) -> Iterable[Reading]:
+    return [({label: one}, value) for one, value in values.items()]
