@@ -123,9 +123,9 @@ def make_org(
     key = Ed25519PrivateKey.generate()
     builder = _builder(subject, key.public_key(), days, authority)
     if roles:
-        limits = [x509.UniformResourceIdentifier(f"{LIMIT_PREFIX}{role}") for role in ROLES if role in roles]
+        limits = x509.SubjectAlternativeName(_uris(LIMIT_PREFIX, roles))
         # not critical: nodes of an older version and OpenSSL do not know it, and would refuse the whole CA
-        builder = builder.add_extension(x509.SubjectAlternativeName(limits), critical=False)
+        builder = builder.add_extension(limits, critical=False)
     certificate = sign(_ca(builder, 0), authority.key)
     return _written(made, key, certificate, (certificate, *authority.bundle))
 
@@ -151,7 +151,7 @@ def make_node(
     above = authority.certificate
     subject = _subject(name, organization_of(above), attribute_of(above, NameOID.COUNTRY_NAME))
     key = Ed25519PrivateKey.generate()
-    names = [*_role_names(roles), *(_general_name(entry) for entry in san)]
+    names = [*_uris(ROLE_PREFIX, roles), *(_general_name(entry) for entry in san)]
     certificate = _issue_node(authority, subject, key.public_key(), names, days)
     return _written(made, key, certificate, authority.bundle)
 
@@ -176,13 +176,13 @@ def renew_node(
     if old.issuer != authority.certificate.subject or not issued_by(old, authority.certificate):
         raise IdentityError(f"{cert}: {name_of(authority.certificate)} did not issue it; use the CA that did")
     if roles:
-        names = [*_role_names(roles), *(name for name in names if not _is_role(name))]
+        names = [*_uris(ROLE_PREFIX, roles), *(name for name in names if not _is_role(name))]
     _check_limit(ca, authority, frozenset(roles) or roles_in(old))
     certificate = _issue_node(authority, old.subject, ed25519_key_of(old), names, days)
     now = datetime.now(UTC)
     kept = [one for one in (*_renewed(ca), old) if one.not_valid_after_utc > now]
-    replace_file(_renewed_path(ca), b"".join(_pem(one) for one in kept), 0o644)
-    replace_file(cert, b"".join(_pem(one) for one in (certificate, *chain)), 0o644)
+    replace_file(_renewed_path(ca), _pem(*kept), 0o644)
+    replace_file(cert, _pem(certificate, *chain), 0o644)
     return certificate
 
 
@@ -263,8 +263,8 @@ def _check_limit(ca: CaFiles, authority: Authority, roles: frozenset[str]) -> No
             )
 
 
-def _role_names(roles: Collection[str]) -> list[x509.GeneralName]:
-    return [x509.UniformResourceIdentifier(f"{ROLE_PREFIX}{role}") for role in ROLES if role in roles]
+def _uris(prefix: str, roles: Collection[str]) -> list[x509.GeneralName]:
+    return [x509.UniformResourceIdentifier(f"{prefix}{role}") for role in ROLES if role in roles]
 
 
 def _is_role(name: x509.GeneralName) -> bool:
@@ -352,13 +352,13 @@ def _written(
     key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     files = [(made.key, key_pem, 0o600), (made.cert, _pem(certificate), 0o644)]
     if made.trust is not None:
-        files.append((made.trust, b"".join(_pem(one) for one in trust), 0o644))
+        files.append((made.trust, _pem(*trust), 0o644))
     write_new(files)
     return made
 
 
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.PEM)
+def _pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(one.public_bytes(Encoding.PEM) for one in certificates)
 
 
 def _subject(common_name: str, organization: str, country: str) -> x509.Name:

@@ -248,14 +248,14 @@ class TrustRules:
         return organization_of(path[last - 1] if last > 1 and is_self_signed(top) else top)
 
     def check(
-        self, leaf: x509.Certificate, others: Sequence[x509.Certificate] = (), now: datetime | None = None
+        self, leaf: x509.Certificate, others: Sequence[x509.Certificate] = ()
     ) -> tuple[x509.Certificate, ...]:
         """The path from ``leaf`` to an anchor and on to its root where known, leaf first.
 
         ``others`` are candidates for intermediates that need not be trusted. Raises IdentityError that
         names the first reason found on the path that came nearest to being good.
         """
-        now = now or datetime.now(UTC)
+        now = datetime.now(UTC)
         problem = validity_problem(leaf, now)
         if problem is None and claims_to_issue(leaf):
             problem = (
