@@ -126,7 +126,7 @@ def presented_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> tuple[bytes, ...]:
 
 def name_of(certificate: x509.Certificate) -> str:
     """Its subject as people write it, for messages."""
-    return f"{certificate.subject.rfc4514_string() or '(no subject)'}"
+    return certificate.subject.rfc4514_string() or "(no subject)"
 
 
 def common_name_of(certificate: x509.Certificate) -> str:
