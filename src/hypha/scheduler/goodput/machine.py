@@ -200,17 +200,17 @@ class Goodput(GoodputMembers):
         self._checkpoint = min(self._checkpoint, start.round)
         if first and start.generation:
             # whoever was leased before has nothing to do with this scheduler until it is noted here
-            for number in self._adopted:
-                self.places[number].lose(self.began, now)
-                self._stalled.add(number)
+            for place in self._adopted:
+                place.lose(self.began, now)
+                place.stalled = True
         elif start.round < self._round:
-            for number, place in enumerate(self.places):
+            for place in self.places:
                 trained = place.effort is not None
                 place.discard(start.round, now)
                 if trained:
                     place.lose(now, now)
-                    self._stalled.add(number)
-                self._finished.pop(number, None)
+                    place.stalled = True
+                place.finished = None
         self._touch_all()
 
     def _server_lost(self, event: object, reason: str, now: int) -> None:
@@ -221,11 +221,11 @@ class Goodput(GoodputMembers):
             sign, why = now, "executor" if why == "other" else why
         elif isinstance(event, events.JobRefused):
             sign, why = now, "refused"
-        for number, place in enumerate(self.places):
+        for place in self.places:
             if place.peer and place.effort is None and not place.failed:
                 place.lose(sign, now, keep_training=True)
-                self._stalled.add(number)
-        self._news += self.recoveries.failed(None, "aggregate", self._server, why, sign, now)
+                place.stalled = True
+        self._news += self.recoveries.failed(None, self._server, why, sign, now)
 
     def _opened(self, now: int) -> None:
         """A round is open, or was: reports of it that came too early count now."""
@@ -280,24 +280,24 @@ class Goodput(GoodputMembers):
                     member.started = self._round
                     self._done(worker, member, now)
                     member.accepted = True
-                    if member.place in self._stalled:
-                        self._back(member.place, now)
-                    if member.place is not None:
-                        self._touched.add(member.place)
+                    if (place := member.place) is not None:
+                        if place.stalled:
+                            self._back(place, now)
+                        self._touched.add(place)
 
     def _recorded(self, entry: LedgerRound, now: int) -> None:
         self._samples[entry.round] = entry.samples
         self._total += entry.samples
         self._here += entry.samples
         contributors = {part.worker: part.incarnation for part in entry.contributors}
-        inside = {one for one, place in enumerate(self.places) if place.peer in contributors}
+        inside = {place for place in self.places if place.peer in contributors}
         if not self._disturbed and len(inside) == len(self.places) and entry.duration_s > 0:
             self._calm.append(entry.samples / entry.duration_s)
         for place in self.places:
             place.applied(entry.round, contributors, now)
+            place.finished = None
         for member in self._members.values():
             member.open_round()
-        self._finished.clear()
         self._disturbed = any(place.failed or not place.peer for place in self.places)
         self._news += self.recoveries.applied({*inside, None}, now)
 
@@ -314,13 +314,11 @@ class Goodput(GoodputMembers):
         if mood != self._mood:
             self._mood = mood
             self._touch_all()
-        for number in self._touched:
-            place = self.places[number]
+        for place in self._touched:
             if place.effort is None:
                 member = self._members.get(place.peer) if place.peer else None
                 if self._server_down and member is not None and member.loaded and not place.failed:
-                    place.failed = True
-                    self._stalled.add(number)
+                    place.failed = place.stalled = True
                 place.turn(self._reason(place, member, paused, short), now)
         self._touched.clear()
 

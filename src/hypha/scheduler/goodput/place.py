@@ -50,7 +50,7 @@ class Effort:
     unserved: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class GoodputPlace:
     """Since ``began`` somebody is wanted here; ``peer`` is who is leased for it."""
 
@@ -59,6 +59,11 @@ class GoodputPlace:
     lease: str = ""
     #: something was lost here, and nobody trains in its place yet
     failed: bool = False
+    #: it waits for nothing but a parameter server, or for the scheduler to receive its worker
+    stalled: bool = False
+    #: the executor that trained here last; for which worker, round and attempt its batches are done
+    trainer: str | None = None
+    finished: tuple[str, int, int] | None = None
     what: str = "allocating"
     since: int = 0
     #: the last sign of life: of the executor, and of the worker at least

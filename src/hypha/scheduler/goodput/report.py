@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from hypha.messages import ExecutorClass
+from hypha.scheduler.goodput.place import GoodputPlace
 
 #: failures in a report, the newest
 _TOLD = 100
@@ -112,7 +113,7 @@ def hung_for_s(text: str) -> float | None:
 class _Failure:
     """Noticed ``at``; ``place`` is None for a parameter server."""
 
-    place: int | None
+    place: GoodputPlace | None
     at: int
     told: Recovery
 
@@ -130,15 +131,16 @@ class Recoveries:
         return tuple(one.told for one in self._failures)
 
     def failed(
-        self, place: int | None, kind: ExecutorClass, peer: str, reason: FailureReason, sign: int, now: int
+        self, place: GoodputPlace | None, peer: str, reason: FailureReason, sign: int, now: int
     ) -> list[GoodputNews]:
         """What was at ``place`` gave its last sign of life at ``sign``, and that it is lost was noticed."""
+        kind: ExecutorClass = "aggregate" if place is None else "train"
         detect_s = (now - sign) / 1e9
         recovery = Recovery(kind, peer, reason, (now - self._began) / 1e9, detect_s)
         self._failures.append(_Failure(place, now, recovery))
         return [FailureNoticed(kind, reason), RecoveryStep("detect", detect_s)]
 
-    def replaced(self, place: int | None, now: int) -> list[GoodputNews]:
+    def replaced(self, place: GoodputPlace | None, now: int) -> list[GoodputNews]:
         """Somebody trains at ``place`` again."""
         found: list[GoodputNews] = []
         for one in self._failures:
@@ -148,7 +150,7 @@ class Recoveries:
                 found.append(RecoveryStep("replace", seconds))
         return found
 
-    def applied(self, contributing: set[int | None], now: int) -> list[GoodputNews]:
+    def applied(self, contributing: set[GoodputPlace | None], now: int) -> list[GoodputNews]:
         """A round was applied with the updates of these places; None stands for the parameter server."""
         found: list[GoodputNews] = []
         for one in self._failures:

@@ -155,12 +155,12 @@ class History:
         self._open, self._generation = None, event
         # whoever reads earlier schedulers' records knows now whose they are
         self.finished.note()
-        for key, record in list(self._records.items()):
+        for record in self.records:
             if record.round >= event.start.round and record.applied and not record.discarded:
-                self._put(msgspec.structs.replace(record, discarded=True), key)
+                self._put(msgspec.structs.replace(record, discarded=True))
 
-    def _put(self, record: RoundRecord, key: Key | None = None) -> None:
-        key = key or record.key
+    def _put(self, record: RoundRecord) -> None:
+        key = record.key
         self.number += 1
         self._records[key] = record
         self._changed.pop(key, None)
