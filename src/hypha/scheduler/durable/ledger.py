@@ -118,7 +118,8 @@ class Ledger:
         ).fetchone()
         if row is None:
             return None
-        return Standing(*row[:4], decode_json(row[4], TrainJob), decode_json(row[5], AggregateJob))
+        train, aggregate = decode_json(row[4], TrainJob), decode_json(row[5], AggregateJob)
+        return Standing(row[0], row[1], row[2], row[3], train, aggregate)
 
     def open_job(self, opening: Opening, tracker: TrackerState) -> None:
         with self._db:
