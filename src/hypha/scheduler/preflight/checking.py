@@ -26,13 +26,7 @@ from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.preflight.findings import findings
-from hypha.scheduler.preflight.known import (
-    JOB,
-    ModelDescription,
-    PreflightFinding,
-    describe_model,
-    printable,
-)
+from hypha.scheduler.preflight.known import JOB, ModelDescription, PreflightFinding, describe_model, printable
 from hypha.scheduler.preflight.trial import ModelTrial
 
 logger = logging.getLogger(__name__)
