@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import islice
 
 import base58
@@ -226,11 +227,10 @@ class TrustRules:
 
     anchors: tuple[x509.Certificate, ...]
     crls: tuple[x509.CertificateRevocationList, ...] = ()
-    _anchor_prints: frozenset[bytes] = field(init=False)
 
-    def __post_init__(self) -> None:
-        prints = frozenset(anchor.fingerprint(hashes.SHA256()) for anchor in self.anchors)
-        object.__setattr__(self, "_anchor_prints", prints)
+    @cached_property
+    def _anchor_prints(self) -> frozenset[bytes]:
+        return frozenset(anchor.fingerprint(hashes.SHA256()) for anchor in self.anchors)
 
     def is_anchor(self, certificate: x509.Certificate) -> bool:
         """Whether the bundle itself holds this very certificate."""

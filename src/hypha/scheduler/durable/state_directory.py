@@ -229,11 +229,11 @@ class CheckpointStore:
 
     def file(self, name: str) -> tuple[Path, TransferMeta]:
         """The file ``<round>/<file>``. :class:`Refused`."""
-        number, _, _ = name.partition("/")
+        number, _, file = name.partition("/")
         if number.isdecimal():
             for meta in self.files(int(number)).files:
                 if meta.name == name:
-                    return self._directory(int(number)) / safe_relative(name[len(number) + 1 :]), meta
+                    return self.path(int(number), file), meta
         raise Refused("not-found", f"there is no checkpoint file {name}")
 
     def index(self, round_: int) -> CheckpointIndex:

@@ -271,19 +271,20 @@ class Goodput(GoodputMembers):
         return round_ == self._round + 1 or (round_ == self._round and self._phase == "loading")
 
     def _server_told(self, told: events.Told, now: int) -> None:
-        match told.event:
-            case UpdateReceived(round=round_, worker=worker):
-                if self._is_early(round_):
-                    self._keep_early(told, now)
-                elif round_ == self._round and worker in self._members:
-                    member = self._members[worker]
-                    member.started = self._round
-                    self._done(worker, member, now)
-                    member.accepted = True
-                    if (place := member.place) is not None:
-                        if place.stalled:
-                            self._back(place, now)
-                        self._touched.add(place)
+        update = told.event
+        if not isinstance(update, UpdateReceived):
+            return
+        if self._is_early(update.round):
+            self._keep_early(told, now)
+        elif update.round == self._round and update.worker in self._members:
+            member = self._members[update.worker]
+            member.started = self._round
+            self._done(update.worker, member, now)
+            member.accepted = True
+            if (place := member.place) is not None:
+                if place.stalled:
+                    self._back(place, now)
+                self._touched.add(place)
 
     def _recorded(self, entry: LedgerRound, now: int) -> None:
         self._samples[entry.round] = entry.samples
