@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from hypha import disks
 from hypha.beneath import relative_path
 from hypha.decoding import decode_json
 from hypha.errors import ConfigError, HyphaError, Problem, Refused, Undecodable
@@ -51,17 +52,15 @@ class StateDirectory:
         self.export = self.path / "export"
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            (self.path / "lock").touch(mode=0o600)
+            self._lock = disks.lock(self.path / "lock", fcntl.LOCK_EX)
         except OSError as exc:
             raise HyphaError(f"the state directory {self.path} cannot be used: {exc}") from exc
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            os.close(self._lock)
+        if self._lock is None:
             raise HyphaError(
                 f"another scheduler runs job {name} with the state directory {self.path}; "
                 "stop it first, or give this job another name"
-            ) from exc
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -70,9 +69,9 @@ class StateDirectory:
         self.close()
 
     def close(self) -> None:
-        if self._lock >= 0:
+        if self._lock is not None:
             os.close(self._lock)
-            self._lock = -1
+            self._lock = None
 
     def export_of(self, generation: int) -> Path:
         """Where that generation's parameter server puts the trained model; no two get into each
