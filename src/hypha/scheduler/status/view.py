@@ -132,16 +132,13 @@ def _worker_snapshots(context: JobContext, machine: RoundMachine) -> tuple[Worke
 
 
 def _lease_snapshot(held: HeldLease, now: float) -> LeaseSnapshot:
-    lease, reserved = held.lease, held.lease.resources
+    lease = held.lease
     return LeaseSnapshot(
         lease=lease.lease_id,
         peer=lease.worker.peer,
         kind=lease.kind,
         price=lease.price,
-        cpu=reserved.cpu,
-        memory=reserved.memory,
-        gpu=reserved.gpu,
-        storage=reserved.storage,
+        **msgspec.structs.asdict(lease.resources),
         expires_in_s=max(0.0, held.expires_at - now),
         suspected=held.suspected,
         leaves_in_s=None if held.leaves_at is None else max(0.0, held.leaves_at - now),
