@@ -178,11 +178,7 @@ class Identity:
 
     def _check(self, certificate_der: bytes, chain: Iterable[bytes]) -> Vouched:
         leaf = parse_der(certificate_der)
-        presented = []
-        for der in list(chain)[:16]:
-            certificate = parse_der(der)
-            if certificate != leaf:
-                presented.append(certificate)
+        presented = [one for one in map(parse_der, list(chain)[:16]) if one != leaf]
         key = ed25519_key_of(leaf)
         rules = self._material.rules
         path = rules.check(leaf, (*presented, *list(self._learnt.values())))
