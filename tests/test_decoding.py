@@ -32,7 +32,7 @@ from hypha.messages import (
     WorkerOffer,
 )
 from hypha.net.peers.addresses import parse
-from hypha.scheduler.durable.ledger_files import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 from hypha.worker.bridge.server import _decode
 
 #: Who decodes by itself, and why: what nobody else wrote.

@@ -14,8 +14,8 @@ from hypha.errors import AddressTaken
 from hypha.gateway import run_gateway
 from hypha.messages import Health, HealthReport, PeerRef
 from hypha.net import NodeOptions, open_node
-from hypha.pki import IdentityFiles, load_identity
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root
+from hypha.pki.identity import IdentityFiles, load_identity
 
 pytestmark = pytest.mark.loopback
 

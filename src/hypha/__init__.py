@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from hypha.executor.replay import Replayed, replay
     from hypha.gateway import run_gateway
     from hypha.messages import LedgerFile, LedgerRound, Manifest
-    from hypha.pki import CaFiles, MadeFiles, make_node, make_org, make_root
+    from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root
     from hypha.scheduler import JobResult, read_ledger, run_job
     from hypha.worker import run_worker
 
@@ -98,7 +98,7 @@ _MODULES = {
     "hypha.executor.replay": ("Replayed", "replay"),
     "hypha.gateway": ("run_gateway",),
     "hypha.messages": ("LedgerFile", "LedgerRound", "Manifest"),
-    "hypha.pki": ("CaFiles", "MadeFiles", "make_node", "make_org", "make_root"),
+    "hypha.pki.authority": ("CaFiles", "MadeFiles", "make_node", "make_org", "make_root"),
     "hypha.scheduler": ("JobResult", "read_ledger", "run_job"),
     "hypha.worker": ("run_worker",),
 }

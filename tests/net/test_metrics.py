@@ -19,8 +19,8 @@ from tests.support.signals import Signals
 from hypha.errors import PeerUnreachable, Refused, RequestTimeout
 from hypha.messages import Health, JobStamp, ListFiles, NextSlice, NoSlice, PeerRef, Progress, Report
 from hypha.net import meta_of
-from hypha.pki import IdentityFiles, load_identity
 from hypha.pki.authority import revoke
+from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.telemetry import instruments
 
 pytestmark = pytest.mark.loopback

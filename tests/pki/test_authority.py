@@ -12,8 +12,9 @@ import pytest
 from cryptography import x509
 
 from hypha.errors import IdentityError
-from hypha.pki.authority import CaFiles, describe, make_node, make_org, make_root, renew_node, revoke
+from hypha.pki.authority import CaFiles, make_node, make_org, make_root, renew_node, revoke
 from hypha.pki.identity import IdentityFiles, load_identity
+from hypha.pki.inspection import describe
 
 
 def mode(path: Path) -> int:

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from hypha.errors import IdentityError
 from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root, renew_node, revoke
-from hypha.pki.certificates import parse_der, peer_id_of, peer_id_of_key, presented_chain, roles_of
+from hypha.pki.certificates import parse_der, peer_id_of, peer_id_of_key, presented_chain, roles_in
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 
@@ -87,8 +87,8 @@ def test_a_made_identity_loads(world: World) -> None:
     identity = load_identity(files)
     der = x509.load_pem_x509_certificate(files.cert.read_bytes()).public_bytes(serialization.Encoding.DER)
     assert identity.peer_id == peer_id_of(der)
-    assert identity.roles == roles_of(der) == {"worker", "data"}
-    assert identity.expires > datetime.now(UTC) + timedelta(days=360)
+    assert identity.roles == roles_in(parse_der(der)) == {"worker", "data"}
+    assert identity.expirations()["certificate"] > datetime.now(UTC) + timedelta(days=360)
 
 
 def test_two_organisations_under_one_root_trust_each_other(world: World) -> None:
@@ -373,7 +373,7 @@ def test_a_renewed_certificate_comes_into_force_without_a_restart(world: World) 
     assert identity.reload() is True
     assert identity.reload() is False
     assert identity.peer_id == before
-    assert identity.expires > datetime.now(UTC) + timedelta(days=800)
+    assert identity.expirations()["certificate"] > datetime.now(UTC) + timedelta(days=800)
     assert identity.server_context() is not context
 
 

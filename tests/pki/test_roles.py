@@ -14,9 +14,10 @@ from cryptography.x509.oid import NameOID
 
 from hypha.errors import IdentityError
 from hypha.pki import authority
-from hypha.pki.authority import CaFiles, MadeFiles, describe, make_node, make_org, make_root, renew_node
+from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root, renew_node
 from hypha.pki.certificates import ROLE_PREFIX, roles_in
 from hypha.pki.identity import Identity, IdentityFiles, Vouched, load_identity
+from hypha.pki.inspection import describe
 
 
 @pytest.fixture

@@ -45,15 +45,13 @@ from hypha.messages import (
 from hypha.net.bulk.files import hash_file
 from hypha.net.discovery.dht import _refs, key_of
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
-from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.export import Published
-from hypha.scheduler.durable.ledger import Ledger, Opening
-from hypha.scheduler.durable.ledger_files import export_ledger, read_ledger
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.ledger import Ledger, Opening, export_ledger, read_ledger
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Gained, LeaseFailed, LeaseGained, Offered, Search, Want
 from hypha.scheduler.leasing.renewal import Renewal, Renewed
-from hypha.scheduler.status.history_file import FILE, HistoryFile, read_history
+from hypha.scheduler.status.history import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived

@@ -24,7 +24,7 @@ from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, class_names, outer_optimizer
 from hypha.scheduler.durable.starts import Generation, described
 from hypha.scheduler.rounds.policy import Rules, Start
-from hypha.scheduler.status.sentences import in_words
+from hypha.scheduler.status.view import in_words
 
 SCHEDULER = PeerRef(peer="s", addresses=("/ip4/10.0.0.1/tcp/4",))
 

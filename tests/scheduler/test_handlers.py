@@ -11,8 +11,7 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 from hypha.errors import Refused
 from hypha.messages import FileList, ListFiles, PullFile
 from hypha.scheduler.descriptions import MODEL
-from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.handlers import FileHandlers, ServedDirectory
 
 

@@ -20,8 +20,14 @@ from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.rounds.events import GenerationBegan, JobRefused
 from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status import history as history_module
-from hypha.scheduler.status.history import DETAILED, History
-from hypha.scheduler.status.history_file import FILE, HistoryFile, keep_history, read_history
+from hypha.scheduler.status.history import (
+    DETAILED,
+    FILE,
+    History,
+    HistoryFile,
+    keep_history,
+    read_history,
+)
 from hypha.scheduler.status.round_record import Fault, RoundRecord, Span
 
 WALL = 1_700_000_000.0
@@ -200,7 +206,7 @@ def test_rounds_are_read_from_ledger_and_file_together(tmp_path: Path) -> None:
 
 
 def test_the_file_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypha.scheduler.status.history_file.MAX_BYTES", 4000)
+    monkeypatch.setattr("hypha.scheduler.status.history.MAX_BYTES", 4000)
     store = HistoryFile(tmp_path / FILE)
     for number in range(200):
         store.append([record(number)])

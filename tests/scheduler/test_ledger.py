@@ -30,8 +30,8 @@ from hypha.messages import (
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, without_secrets
-from hypha.scheduler.durable.ledger import Ledger, Opening, open_ledger
-from hypha.scheduler.durable.ledger_files import export_ledger, held_leases, read_ledger
+from hypha.scheduler.durable.database import held_leases
+from hypha.scheduler.durable.ledger import Ledger, Opening, export_ledger, open_ledger, read_ledger
 from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.policy import Start
 

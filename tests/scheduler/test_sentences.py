@@ -11,7 +11,7 @@ from tests.scheduler.scene import Scene
 from trio.testing import MockClock
 
 from hypha import naming
-from hypha.scheduler.status.sentences import Awaiting, awaited
+from hypha.scheduler.status.view import Awaiting, awaited
 from hypha.simulation.scenario import Scenario
 from hypha.simulation.search import Runner
 

@@ -22,9 +22,9 @@ from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.leasing.renewal import Renewal, RenewalFailed, RenewalRefused, Renewed
 from hypha.scheduler.rounds.events import ParticipantLost as ServerLost
 from hypha.scheduler.rounds.events import Publish
-from hypha.scheduler.status.progress import Progressed
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.signals import JobMetrics
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Instrument
 from hypha.tracing import round_traceparent

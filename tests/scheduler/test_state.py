@@ -9,8 +9,7 @@ from blake3 import blake3
 
 from hypha.errors import ConfigError, HyphaError, Refused
 from hypha.messages import JobStamp, TransferMeta
-from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 
 
 def test_one_scheduler_at_a_time(tmp_path: Path) -> None:

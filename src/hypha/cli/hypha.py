@@ -196,7 +196,7 @@ def replay(
         raise typer.BadParameter("a job's state directory, or --journal", param_hint="JOB")
     if data is None:
         raise typer.BadParameter("the dataset that the job was trained with", param_hint="--data")
-    from hypha.scheduler.durable.ledger_files import export_ledger, read_ledger
+    from hypha.scheduler.durable.ledger import export_ledger, read_ledger
 
     if job.is_dir():
         # the ledger's database where there is one: it has rounds of which no file was written yet

@@ -9,17 +9,12 @@ One module a subject; whatever is public in one of them is imported from here.
 """
 
 from hypha.messages.bridge import *
-from hypha.messages.checkpoints import *
 from hypha.messages.data import *
-from hypha.messages.directives import *
 from hypha.messages.envelopes import *
 from hypha.messages.events import *
-from hypha.messages.executor_host import *
 from hypha.messages.jobs import *
 from hypha.messages.leases import *
 from hypha.messages.ledger import *
 from hypha.messages.nodes import *
-from hypha.messages.references import *
 from hypha.messages.transfers import *
-from hypha.messages.trial import *
 from hypha.messages.values import *

@@ -6,39 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from hypha.messages.checkpoints import (
-    CheckpointHeld,
-    CheckpointList,
-    DropCheckpoints,
-    FindCheckpoints,
-    HoldCheckpoint,
-)
-from hypha.messages.data import DatasetDescription, DescribeDataset, NextSlice, NoSlice, SliceAssigned
-from hypha.messages.directives import Steer
-from hypha.messages.events import Progress, ReportEvent
-from hypha.messages.jobs import CancelJob, DispatchJob
-from hypha.messages.leases import (
-    LeaseRenewed,
-    ReleaseLease,
-    RenewLease,
-    WorkerLeaving,
-    WorkerOffer,
-    WorkerRequest,
-)
-from hypha.messages.nodes import (
-    BandwidthMeasured,
-    DialBack,
-    DialedBack,
-    DoublesFound,
-    FindDoubles,
-    Health,
-    HealthReport,
-    ListPeers,
-    MeasureBandwidth,
-    PeerList,
-    SameCertificate,
-)
-from hypha.messages.transfers import BulkAnswer, BulkDial, BulkOffer, FileList, ListFiles, PullFile
+from hypha.messages import data, events, jobs, leases, ledger, nodes, transfers
 from hypha.messages.values import Id, JobStamp, Message, Value
 
 #: Version of every envelope; a node refuses another one as ``malformed``.
@@ -66,46 +34,46 @@ class RefusedReply(Message):
 
 
 Request = (
-    Health
-    | SameCertificate
-    | FindDoubles
-    | ListPeers
-    | DialBack
-    | MeasureBandwidth
-    | WorkerOffer
-    | RenewLease
-    | ReleaseLease
-    | WorkerLeaving
-    | DispatchJob
-    | CancelJob
-    | Steer
-    | ReportEvent
-    | NextSlice
-    | DescribeDataset
-    | PullFile
-    | ListFiles
-    | HoldCheckpoint
-    | DropCheckpoints
-    | FindCheckpoints
-    | BulkOffer
-    | BulkDial
+    nodes.Health
+    | nodes.SameCertificate
+    | nodes.FindDoubles
+    | nodes.ListPeers
+    | nodes.DialBack
+    | nodes.MeasureBandwidth
+    | leases.WorkerOffer
+    | leases.RenewLease
+    | leases.ReleaseLease
+    | leases.WorkerLeaving
+    | jobs.DispatchJob
+    | jobs.CancelJob
+    | events.Steer
+    | events.ReportEvent
+    | data.NextSlice
+    | data.DescribeDataset
+    | transfers.PullFile
+    | transfers.ListFiles
+    | ledger.HoldCheckpoint
+    | ledger.DropCheckpoints
+    | ledger.FindCheckpoints
+    | transfers.BulkOffer
+    | transfers.BulkDial
 )
 Response = (
     Acknowledged
-    | HealthReport
-    | PeerList
-    | DialedBack
-    | BandwidthMeasured
-    | LeaseRenewed
-    | SliceAssigned
-    | NoSlice
-    | DatasetDescription
-    | FileList
-    | CheckpointHeld
-    | CheckpointList
-    | DoublesFound
-    | BulkOffer
-    | BulkAnswer
+    | nodes.HealthReport
+    | nodes.PeerList
+    | nodes.DialedBack
+    | nodes.BandwidthMeasured
+    | leases.LeaseRenewed
+    | data.SliceAssigned
+    | data.NoSlice
+    | data.DatasetDescription
+    | transfers.FileList
+    | ledger.CheckpointHeld
+    | ledger.CheckpointList
+    | nodes.DoublesFound
+    | transfers.BulkOffer
+    | transfers.BulkAnswer
     | RefusedReply
 )
 
@@ -130,7 +98,7 @@ class GossipEnvelope(Value):
     receiver that has never met the publisher sees its role before it reserves anything.
     """
 
-    body: WorkerRequest
+    body: leases.WorkerRequest
     v: int = WIRE_VERSION
     traceparent: str | None = None
     certificates: CertificateChain = ()
@@ -143,6 +111,6 @@ class Report(Value):
 
     stamp: JobStamp
     incarnation: Id
-    progress: Progress
+    progress: events.Progress
     v: int = WIRE_VERSION
     traceparent: str | None = None

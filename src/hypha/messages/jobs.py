@@ -1,11 +1,52 @@
-"""Descriptions of jobs, and the requests that start and stop their executors."""
+"""Descriptions of jobs, what they refer to, and the requests that start, stop and try them."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from hypha.messages.references import Reference
+from hypha.messages.data import Column, ColumnRange
 from hypha.messages.values import ExecutorClass, ExecutorDescriptor, Id, Message, PeerRef, Value
+
+
+class Uri(Message, tag="uri"):
+    """An http(s) address."""
+
+    value: str
+
+
+class HuggingFace(Message, tag="huggingface"):
+    """Files of a repository on the Hugging Face hub; all files when ``filenames`` is empty."""
+
+    repository: str
+    revision: str = "main"
+    filenames: tuple[str, ...] = ()
+    token: str | None = None
+
+
+class Peers(Message, tag="peers"):
+    """Named things at peers: ``resource`` is ``model`` (the model directory that a scheduler serves),
+    ``checkpoint/<round>``, ``update``, ``theta``, ``export``.
+    """
+
+    peers: tuple[PeerRef, ...]
+    strategy: Literal["all", "random", "one"] = "one"
+    resource: str | None = None
+
+
+class SchedulerData(Message, tag="scheduler"):
+    """The next slice of ``dataset`` that the scheduler ``peer`` assigns."""
+
+    peer: str
+    dataset: str
+
+
+class Local(Message, tag="local"):
+    """A path on the worker, or any fsspec URL the worker can open."""
+
+    url: str
+
+
+Reference = Uri | HuggingFace | Peers | SchedulerData | Local
 
 Scalar = str | int | float | bool | None
 
@@ -164,3 +205,33 @@ class CancelJob(Message):
 
     job_id: Id
     kind: ExecutorClass
+
+
+class Trial(Value):
+    """Has a child process of the scheduler try a batch on the model of ``job`` before anybody is leased.
+
+    ``model`` and ``preprocessor`` are directories with their files, where there are any; ``weights`` says
+    whether the model's are among them. The batch has ``rows`` rows of ``columns``, with the smallest and the
+    largest numbers of ``ranges``.
+    """
+
+    job: TrainJob
+    model: str | None
+    preprocessor: str | None
+    weights: bool
+    columns: tuple[Column, ...]
+    ranges: tuple[ColumnRange, ...]
+    rows: int
+
+
+class TrialReport(Value):
+    """What came of a :class:`Trial`. ``failed``: any worker would fail, because of ``reason``; ``unknown``:
+    it could not be tried, because of ``reason``. ``shapes_only``: the model is too large to be built just for
+    this, so it had no numbers. ``notes`` are sentences that the user should read.
+    """
+
+    outcome: Literal["passed", "failed", "unknown"]
+    reason: str = ""
+    parameters: int = 0
+    shapes_only: bool = False
+    notes: tuple[str, ...] = ()

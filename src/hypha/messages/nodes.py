@@ -6,14 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from hypha.messages.values import (
-    MAX_ADDRESS_LENGTH,
-    MAX_PEER_ID_LENGTH,
-    MAX_VERSION_LENGTH,
-    FeatureNames,
-    Message,
-    Value,
-)
+from hypha.messages.values import Address, FeatureNames, Message, PeerId, Value, VersionName
 
 #: The number of a node that runs, and of how many of them a gateway asks another one in one request.
 MAX_INSTANCE_LENGTH = 256
@@ -51,16 +44,8 @@ class HealthReport(Message):
     details: dict[str, str] = {}
     features: FeatureNames = ()
     time_s: float | None = None
-    seen_at: Annotated[
-        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
-    ] = ()
-    packages: Annotated[
-        dict[
-            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
-            Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)],
-        ],
-        Meta(max_length=MAX_PACKAGES),
-    ] = {}
+    seen_at: Annotated[tuple[Address, ...], Meta(max_length=MAX_DIALLED_BACK)] = ()
+    packages: Annotated[dict[VersionName, VersionName], Meta(max_length=MAX_PACKAGES)] = {}
 
 
 class SameCertificate(Message):
@@ -70,7 +55,7 @@ class SameCertificate(Message):
     """
 
     address: str = ""
-    gateway: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+    gateway: PeerId = ""
 
 
 class NodeRun(Value):
@@ -78,9 +63,9 @@ class NodeRun(Value):
     it. ``instance`` is the number that the node states in its handshake.
     """
 
-    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    peer: PeerId
     instance: Annotated[str, Meta(max_length=MAX_INSTANCE_LENGTH)]
-    address: Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)] = ""
+    address: Address = ""
     connected_s: float | None = None
 
 
@@ -107,7 +92,7 @@ class ListPeers(Message):
     may be dialled.
     """
 
-    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)] = ""
+    peer: PeerId = ""
 
 
 class ListedPeer(Value):
@@ -136,9 +121,7 @@ class DialBack(Message):
     the IP address that a connection of the caller comes from: nobody has a third party dialled.
     """
 
-    addresses: Annotated[
-        tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_DIALLED_BACK)
-    ]
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=MAX_DIALLED_BACK)]
 
 
 class DialResult(Value):

@@ -23,13 +23,11 @@ MAX_ADDRESSES_SENT = 128
 #: Of a job, a lease, a request or an executor process. Others remember them.
 MAX_ID_LENGTH = 256
 Id = Annotated[str, Meta(max_length=MAX_ID_LENGTH)]
+PeerId = Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
 VersionName = Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)]
-FeatureNames = Annotated[
-    tuple[Annotated[str, Meta(max_length=MAX_VERSION_LENGTH)], ...], Meta(max_length=MAX_FEATURES)
-]
-Addresses = Annotated[
-    tuple[Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)], ...], Meta(max_length=MAX_ADDRESSES_SENT)
-]
+FeatureNames = Annotated[tuple[VersionName, ...], Meta(max_length=MAX_FEATURES)]
+Address = Annotated[str, Meta(max_length=MAX_ADDRESS_LENGTH)]
+Addresses = Annotated[tuple[Address, ...], Meta(max_length=MAX_ADDRESSES_SENT)]
 
 
 def _kebab(name: str) -> str:
@@ -47,7 +45,7 @@ class Value(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class PeerRef(Value):
     """A peer and where it may be reached; ``addresses`` are multiaddrs, circuit addresses included."""
 
-    peer: Annotated[str, Meta(max_length=MAX_PEER_ID_LENGTH)]
+    peer: PeerId
     addresses: Addresses = ()
 
 

@@ -12,33 +12,3 @@ Whether anybody is revoked is looked up at each handshake, whenever a file has c
 seconds) and once a minute (``net/peers/table.py``): connections and transfers of who is are cut, and leases
 with them end on both sides.
 """
-
-from hypha.pki.authority import (
-    CaFiles,
-    MadeFiles,
-    describe,
-    make_node,
-    make_org,
-    make_root,
-    renew_node,
-    revoke,
-)
-from hypha.pki.certificates import peer_id_of, presented_chain, roles_of
-from hypha.pki.identity import Identity, IdentityFiles, load_identity
-
-__all__ = [
-    "CaFiles",
-    "Identity",
-    "IdentityFiles",
-    "MadeFiles",
-    "describe",
-    "load_identity",
-    "make_node",
-    "make_org",
-    "make_root",
-    "peer_id_of",
-    "presented_chain",
-    "renew_node",
-    "revoke",
-    "roles_of",
-]

@@ -23,11 +23,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hypha.access import ROLES, carries
@@ -35,28 +31,31 @@ from hypha.errors import IdentityError
 from hypha.pki.certificates import (
     LIMIT_PREFIX,
     ROLE_PREFIX,
+    attribute_of,
     ed25519_key_of,
     is_ca,
     issued_by,
     name_of,
+    organization_of,
     path_length,
     roles_in,
     roles_issued_by,
 )
-from hypha.pki.files import check_absent, replace_file, write_new
-from hypha.pki.inspection import describe
 from hypha.pki.issuers import (
     Authority,
     CaFiles,
+    check_absent,
     digest_for,
     key_identifier_of,
     load_authority,
     load_certificate,
     load_chain,
+    replace_file,
     sign,
+    write_new,
 )
 
-__all__ = ["CaFiles", "MadeFiles", "describe", "make_node", "make_org", "make_root", "renew_node", "revoke"]
+__all__ = ["CaFiles", "MadeFiles", "make_node", "make_org", "make_root", "renew_node", "revoke"]
 
 ROOT_DAYS = 3650
 ORG_DAYS = 1825
@@ -83,14 +82,11 @@ def make_root(
 ) -> MadeFiles:
     """A self-signed root CA called ``name`` (default ``<organization> Root CA``)."""
     stem = _ca_stem(name or organization)
-    made = MadeFiles(cert=directory / f"{stem}-cert.pem", key=directory / f"{stem}-key.pem")
-    check_absent([made.cert, made.key], _clash(stem))
+    made = _files(directory, stem, _clash(stem), trust=False)
     key = Ed25519PrivateKey.generate()
-    subject = _subject(name or f"{organization} Root CA", organization, country)
-    builder = _builder(subject, subject, key.public_key(), days, None)
-    certificate = _ca(builder, None).sign(key, None)
-    write_new([(made.key, _key_pem(key), 0o600), (made.cert, _pem(certificate), 0o644)])
-    return made
+    subject = _subject(name or f"{organization} Root CA", organization, country or "")
+    builder = _builder(subject, key.public_key(), days, None)
+    return _written(made, key, _ca(builder, None).sign(key, None))
 
 
 def make_org(
@@ -112,13 +108,8 @@ def make_org(
             f"{ca.cert}: this CA may only issue nodes, no organisation (path length 0); use the root"
         )
     stem = _ca_stem(name or organization)
-    made = MadeFiles(
-        cert=directory / f"{stem}-cert.pem",
-        key=directory / f"{stem}-key.pem",
-        trust=directory / f"{stem}-trust.pem",
-    )
-    check_absent([made.cert, made.key, directory / f"{stem}-trust.pem"], _clash(stem))
-    country = _attribute(authority.certificate.subject, NameOID.COUNTRY_NAME)
+    made = _files(directory, stem, _clash(stem))
+    country = attribute_of(authority.certificate, NameOID.COUNTRY_NAME)
     subject = _subject(name or f"{organization} CA", organization, country)
     if subject == authority.certificate.subject:
         raise IdentityError(
@@ -126,14 +117,13 @@ def make_org(
             "and chains could not tell them apart; give it another name"
         )
     key = Ed25519PrivateKey.generate()
-    builder = _builder(subject, authority.certificate.subject, key.public_key(), days, authority)
+    builder = _builder(subject, key.public_key(), days, authority)
     if roles:
-        limits = [x509.UniformResourceIdentifier(f"{LIMIT_PREFIX}{role}") for role in ROLES if role in roles]
+        limits = x509.SubjectAlternativeName(_uris(LIMIT_PREFIX, roles))
         # not critical: nodes of an older version and OpenSSL do not know it, and would refuse the whole CA
-        builder = builder.add_extension(x509.SubjectAlternativeName(limits), critical=False)
+        builder = builder.add_extension(limits, critical=False)
     certificate = sign(_ca(builder, 0), authority.key)
-    _write_with_trust(made, key, certificate, (certificate, *authority.bundle))
-    return made
+    return _written(made, key, certificate, (certificate, *authority.bundle))
 
 
 def make_node(
@@ -153,22 +143,13 @@ def make_node(
     if told := [entry for entry in san if entry.lower().startswith("urn:hypha:")]:
         raise IdentityError(f"{told[0]}: roles are no names; say them with the role option")
     _check_limit(ca, authority, frozenset(roles))
-    stem = _slug(name)
-    made = MadeFiles(
-        cert=directory / f"{stem}-cert.pem",
-        key=directory / f"{stem}-key.pem",
-        trust=directory / f"{stem}-trust.pem",
-    )
-    check_absent([made.cert, made.key, directory / f"{stem}-trust.pem"], "give the node another name")
-    above = authority.certificate.subject
-    subject = _subject(
-        name, _attribute(above, NameOID.ORGANIZATION_NAME), _attribute(above, NameOID.COUNTRY_NAME)
-    )
+    made = _files(directory, _slug(name), "give the node another name")
+    above = authority.certificate
+    subject = _subject(name, organization_of(above), attribute_of(above, NameOID.COUNTRY_NAME))
     key = Ed25519PrivateKey.generate()
-    names = [*_role_names(roles), *(_general_name(entry) for entry in san)]
+    names = [*_uris(ROLE_PREFIX, roles), *(_general_name(entry) for entry in san)]
     certificate = _issue_node(authority, subject, key.public_key(), names, days)
-    _write_with_trust(made, key, certificate, authority.bundle)
-    return made
+    return _written(made, key, certificate, authority.bundle)
 
 
 def renew_node(
@@ -191,13 +172,13 @@ def renew_node(
     if old.issuer != authority.certificate.subject or not issued_by(old, authority.certificate):
         raise IdentityError(f"{cert}: {name_of(authority.certificate)} did not issue it; use the CA that did")
     if roles:
-        names = [*_role_names(roles), *(name for name in names if not _is_role(name))]
+        names = [*_uris(ROLE_PREFIX, roles), *(name for name in names if not _is_role(name))]
     _check_limit(ca, authority, frozenset(roles) or roles_in(old))
     certificate = _issue_node(authority, old.subject, ed25519_key_of(old), names, days)
     now = datetime.now(UTC)
     kept = [one for one in (*_renewed(ca), old) if one.not_valid_after_utc > now]
-    replace_file(_renewed_path(ca), b"".join(_pem(one) for one in kept), 0o644)
-    replace_file(cert, b"".join(_pem(one) for one in (certificate, *chain)), 0o644)
+    replace_file(_renewed_path(ca), _pem(*kept), 0o644)
+    replace_file(cert, _pem(certificate, *chain), 0o644)
     return certificate
 
 
@@ -278,8 +259,8 @@ def _check_limit(ca: CaFiles, authority: Authority, roles: frozenset[str]) -> No
             )
 
 
-def _role_names(roles: Collection[str]) -> list[x509.GeneralName]:
-    return [x509.UniformResourceIdentifier(f"{ROLE_PREFIX}{role}") for role in ROLES if role in roles]
+def _uris(prefix: str, roles: Collection[str]) -> list[x509.GeneralName]:
+    return [x509.UniformResourceIdentifier(f"{prefix}{role}") for role in ROLES if role in roles]
 
 
 def _is_role(name: x509.GeneralName) -> bool:
@@ -294,7 +275,7 @@ def _issue_node(
     days: int,
 ) -> x509.Certificate:
     builder = (
-        _builder(subject, authority.certificate.subject, key, days, authority)
+        _builder(subject, key, days, authority)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
         .add_extension(
@@ -308,16 +289,16 @@ def _issue_node(
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: Ed25519PublicKey, days: int, authority: Authority | None
+    subject: x509.Name, key: Ed25519PublicKey, days: int, authority: Authority | None
 ) -> x509.CertificateBuilder:
-    """Dates, serial number and key identifiers, which all certificates have."""
+    """What all certificates have; without an ``authority`` it is issued by itself."""
     if days < 1:
         raise IdentityError(f"a certificate must be valid for at least one day, not {days}")
     now = datetime.now(UTC).replace(microsecond=0)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(issuer)
+        .issuer_name(subject if authority is None else authority.certificate.subject)
         .public_key(key)
         .serial_number(x509.random_serial_number())
         # a day back: machines whose clock is slow shall not refuse a new certificate
@@ -351,27 +332,32 @@ def _key_usage(*, ca: bool) -> x509.KeyUsage:
     )
 
 
-def _write_with_trust(
+def _files(directory: Path, stem: str, advice: str, *, trust: bool = True) -> MadeFiles:
+    """What is going to be written; IdentityError, with ``advice``, where any of it is there already."""
+    cert, key, bundle = (directory / f"{stem}-{kind}.pem" for kind in ("cert", "key", "trust"))
+    check_absent([cert, key, bundle] if trust else [cert, key], advice)
+    return MadeFiles(cert, key, bundle if trust else None)
+
+
+def _written(
     made: MadeFiles,
     key: Ed25519PrivateKey,
     certificate: x509.Certificate,
-    trust: tuple[x509.Certificate, ...],
-) -> None:
-    files = [(made.key, _key_pem(key), 0o600), (made.cert, _pem(certificate), 0o644)]
+    trust: tuple[x509.Certificate, ...] = (),
+) -> MadeFiles:
+    key_pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    files = [(made.key, key_pem, 0o600), (made.cert, _pem(certificate), 0o644)]
     if made.trust is not None:
-        files.append((made.trust, b"".join(_pem(one) for one in trust), 0o644))
+        files.append((made.trust, _pem(*trust), 0o644))
     write_new(files)
+    return made
 
 
-def _key_pem(key: Ed25519PrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def _pem(*certificates: x509.Certificate) -> bytes:
+    return b"".join(one.public_bytes(Encoding.PEM) for one in certificates)
 
 
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.PEM)
-
-
-def _subject(common_name: str, organization: str | None, country: str | None) -> x509.Name:
+def _subject(common_name: str, organization: str, country: str) -> x509.Name:
     try:
         attributes = [x509.NameAttribute(NameOID.COUNTRY_NAME, country)] if country else []
         if organization:
@@ -379,11 +365,6 @@ def _subject(common_name: str, organization: str | None, country: str | None) ->
         return x509.Name([*attributes, x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     except ValueError as exc:
         raise IdentityError(f"this cannot be the name of a certificate: {exc}") from exc
-
-
-def _attribute(name: x509.Name, oid: x509.ObjectIdentifier) -> str | None:
-    values = name.get_attributes_for_oid(oid)
-    return str(values[0].value) if values else None
 
 
 def _general_name(entry: str) -> x509.GeneralName:

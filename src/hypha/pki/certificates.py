@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import islice
 
 import base58
@@ -84,7 +85,8 @@ def peer_id_of(certificate_der: bytes) -> str:
 
 
 def roles_in(certificate: x509.Certificate) -> frozenset[str]:
-    """Roles from URI names ``urn:hypha:role:<role>``, as they are written.
+    """Roles from URI names ``urn:hypha:role:<role>``, as they are written; empty means any (unless a node
+    requires roles).
 
     Unknown ones are kept, and so is a whole name that only resembles such a one (another case): dropping
     them would turn "may only be X" into "may be anything".
@@ -110,11 +112,6 @@ def _marked(certificate: x509.Certificate, prefix: str) -> frozenset[str]:
     return frozenset(uri.removeprefix(prefix) for uri in uris if uri.lower().startswith(prefix))
 
 
-def roles_of(certificate_der: bytes) -> frozenset[str]:
-    """Roles a certificate allows; empty means any (unless a node requires roles)."""
-    return roles_in(parse_der(certificate_der))
-
-
 def presented_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> tuple[bytes, ...]:
     """The certificates (DER) that the peer sent in its handshake, its own first; empty before it."""
     # public only from Python 3.13 on; the same C function is there, unnamed, since 3.10
@@ -130,20 +127,21 @@ def presented_chain(tls: ssl.SSLSocket | ssl.SSLObject) -> tuple[bytes, ...]:
 
 def name_of(certificate: x509.Certificate) -> str:
     """Its subject as people write it, for messages."""
-    return f"{certificate.subject.rfc4514_string() or '(no subject)'}"
+    return certificate.subject.rfc4514_string() or "(no subject)"
 
 
 def common_name_of(certificate: x509.Certificate) -> str:
     """The common name of its subject, as its authority wrote it; empty where it has none."""
-    return _attribute(certificate, NameOID.COMMON_NAME)
+    return attribute_of(certificate, NameOID.COMMON_NAME)
 
 
 def organization_of(certificate: x509.Certificate) -> str:
     """The organisation of its subject; empty where it has none."""
-    return _attribute(certificate, NameOID.ORGANIZATION_NAME)
+    return attribute_of(certificate, NameOID.ORGANIZATION_NAME)
 
 
-def _attribute(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
+def attribute_of(certificate: x509.Certificate, oid: x509.ObjectIdentifier) -> str:
+    """An attribute of its subject; empty where it has none."""
     try:
         return "".join(str(one.value) for one in certificate.subject.get_attributes_for_oid(oid)[:1])
     except ValueError:
@@ -191,7 +189,6 @@ def path_length(certificate: x509.Certificate) -> int | None:
 
 
 def is_self_signed(certificate: x509.Certificate) -> bool:
-    """A root: it vouches for itself."""
     return certificate.subject == certificate.issuer and issued_by(certificate, certificate)
 
 
@@ -230,11 +227,10 @@ class TrustRules:
 
     anchors: tuple[x509.Certificate, ...]
     crls: tuple[x509.CertificateRevocationList, ...] = ()
-    _anchor_prints: frozenset[bytes] = field(init=False)
 
-    def __post_init__(self) -> None:
-        prints = frozenset(anchor.fingerprint(hashes.SHA256()) for anchor in self.anchors)
-        object.__setattr__(self, "_anchor_prints", prints)
+    @cached_property
+    def _anchor_prints(self) -> frozenset[bytes]:
+        return frozenset(anchor.fingerprint(hashes.SHA256()) for anchor in self.anchors)
 
     def is_anchor(self, certificate: x509.Certificate) -> bool:
         """Whether the bundle itself holds this very certificate."""
@@ -252,14 +248,14 @@ class TrustRules:
         return organization_of(path[last - 1] if last > 1 and is_self_signed(top) else top)
 
     def check(
-        self, leaf: x509.Certificate, others: Sequence[x509.Certificate] = (), now: datetime | None = None
+        self, leaf: x509.Certificate, others: Sequence[x509.Certificate] = ()
     ) -> tuple[x509.Certificate, ...]:
         """The path from ``leaf`` to an anchor and on to its root where known, leaf first.
 
         ``others`` are candidates for intermediates that need not be trusted. Raises IdentityError that
         names the first reason found on the path that came nearest to being good.
         """
-        now = now or datetime.now(UTC)
+        now = datetime.now(UTC)
         problem = validity_problem(leaf, now)
         if problem is None and claims_to_issue(leaf):
             problem = (
@@ -321,7 +317,6 @@ def _beyond_limit(leaf: x509.Certificate, ca: x509.Certificate) -> str | None:
 
 
 def crl_signed_by(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:
-    """Whether ``ca``'s key made this list."""
     try:
         return crl.is_signature_valid(ca.public_key())  # type: ignore[arg-type]
     except (TypeError, ValueError, UnsupportedAlgorithm):

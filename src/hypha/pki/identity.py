@@ -21,10 +21,7 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    load_pem_private_key,
-)
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from hypha.errors import IdentityError, Problem
@@ -91,17 +88,16 @@ class _Material:
     peer_id: str
     roles: frozenset[str]
     organization: str
-    stamps: tuple[object, ...]
     contexts: dict[tuple[bool, tuple[str, ...]], ssl.SSLContext] = field(default_factory=dict)
 
 
 class Identity:
     """A node's checked identity. Made by :func:`load_identity`; safe to use from several threads."""
 
-    def __init__(self, files: IdentityFiles, material: _Material) -> None:
+    def __init__(self, files: IdentityFiles, stamps: tuple[object, ...], material: _Material) -> None:
         self.files = files
         self._material = material
-        self._stamps = material.stamps
+        self._stamps = stamps
         self._learnt: dict[bytes, x509.Certificate] = {}
 
     @property
@@ -131,13 +127,7 @@ class Identity:
 
     @property
     def private_key(self) -> Ed25519PrivateKey:
-        """The certificate's key."""
         return self._material.key
-
-    @property
-    def expires(self) -> datetime:
-        """When the first certificate that this node presents ends (UTC)."""
-        return min(certificate.not_valid_after_utc for certificate in self._material.chain)
 
     def expirations(self) -> dict[str, datetime]:
         """When (UTC) the own ``certificate`` ends, the first of the CAs above it (``issuer``), and the first
@@ -188,11 +178,7 @@ class Identity:
 
     def _check(self, certificate_der: bytes, chain: Iterable[bytes]) -> Vouched:
         leaf = parse_der(certificate_der)
-        presented = []
-        for der in list(chain)[:16]:
-            certificate = parse_der(der)
-            if certificate != leaf:
-                presented.append(certificate)
+        presented = [one for one in map(parse_der, list(chain)[:16]) if one != leaf]
         key = ed25519_key_of(leaf)
         rules = self._material.rules
         path = rules.check(leaf, (*presented, *list(self._learnt.values())))
@@ -213,18 +199,13 @@ class Identity:
         if stamps == self._stamps and not force:
             return False
         self._stamps = stamps
-        material = _load(self.files, stamps, bool(self._material.rules.crls))
+        material = _load(self.files, bool(self._material.rules.crls))
         if material.peer_id != self.peer_id:
-            raise IdentityError(
-                [
-                    Problem(
-                        key="cert_pem",
-                        source=str(self.files.cert),
-                        message=f"the new certificate has another key (PeerID {material.peer_id} instead of "
-                        f"{self.peer_id}); restart to change identity, or renew it with that key",
-                    )
-                ]
+            text = (
+                f"the new certificate has another key (PeerID {material.peer_id} instead of {self.peer_id}); "
+                "restart to change identity, or renew it with that key"
             )
+            raise IdentityError([Problem("cert_pem", text, str(self.files.cert))])
         self._material = material
         return True
 
@@ -234,7 +215,9 @@ def load_identity(files: IdentityFiles, *, warn: bool = True) -> Identity:
     revocation list that is out of date, is logged, unless ``warn`` is false: a program that loads them once
     more later, when its logging is set up, leaves it to that.
     """
-    return Identity(files, _load(files, _stamps(files), warn=warn))
+    # taken before: what changes meanwhile is read again
+    stamps = _stamps(files)
+    return Identity(files, stamps, _load(files, warn=warn))
 
 
 def _stamps(files: IdentityFiles) -> tuple[object, ...]:
@@ -250,75 +233,74 @@ def _stamps(files: IdentityFiles) -> tuple[object, ...]:
 
 
 class _Reader:
-    """Reads the four files and collects what is wrong with them."""
+    """Reads the four files and collects what is wrong with them; each is known by its key in the
+    configuration.
+    """
 
-    def __init__(self, warn: bool) -> None:
+    def __init__(self, files: IdentityFiles, warn: bool) -> None:
+        self.paths = {"cert_pem": files.cert, "key_pem": files.key, "trust_pem": files.trust}
+        if files.crls is not None:
+            self.paths["crls_pem"] = files.crls
         self.problems: list[Problem] = []
         self._warns = warn
 
-    def complain(self, key: str, path: Path, message: str) -> None:
-        self.problems.append(Problem(key=key, source=str(path), message=message))
+    def complain(self, key: str, message: str) -> None:
+        self.problems.append(Problem(key=key, source=str(self.paths[key]), message=message))
 
     def tell(self, level: int, message: str, *arguments: object) -> None:
         if self._warns:
             logger.log(level, message, *arguments)
 
-    def read(self, key: str, path: Path, private: bool = False) -> bytes | None:
+    def read(self, key: str) -> bytes | None:
+        path = self.paths[key]
         try:
             with path.open("rb") as file:
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-                if private and mode & 0o077:
-                    self.complain(
-                        key,
-                        path,
-                        f"the private key can be read by others (mode {mode:04o}); run `chmod 600 {path}`",
-                    )
+                if key == "key_pem" and mode & 0o077:
+                    text = "the private key can be read by others"
+                    self.complain(key, f"{text} (mode {mode:04o}); run `chmod 600 {path}`")
                 return file.read(1 << 22)
         except FileNotFoundError:
-            self.complain(
-                key, path, "there is no such file; make it with `hypha-certutil`, or correct the path"
-            )
+            self.complain(key, "there is no such file; make it with `hypha-certutil`, or correct the path")
         except OSError as exc:
-            self.complain(key, path, f"it cannot be read ({exc.strerror}); check its owner and mode")
+            self.complain(key, f"it cannot be read ({exc.strerror}); check its owner and mode")
         return None
 
-    def certificates(self, key: str, path: Path) -> tuple[x509.Certificate, ...]:
-        data = self.read(key, path)
+    def certificates(self, key: str) -> tuple[x509.Certificate, ...]:
+        data = self.read(key)
         if data is None:
             return ()
         try:
             return tuple(parse_pem(data))
         except ValueError:
-            self.complain(key, path, "it holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)")
+            self.complain(key, "it holds no certificate in PEM form (-----BEGIN CERTIFICATE-----)")
             return ()
 
-    def private_key(self, key: str, path: Path) -> Ed25519PrivateKey | None:
-        data = self.read(key, path, private=True)
+    def private_key(self) -> Ed25519PrivateKey | None:
+        data = self.read("key_pem")
         if data is None:
             return None
         try:
             loaded = load_pem_private_key(data, password=None)
         except TypeError:
-            self.complain(
-                key,
-                path,
+            text = (
                 "the key is encrypted and nobody is there to type a passphrase; write it in the clear, mode "
-                f"0600 (`openssl pkey -in {path} -out plain.pem`)",
+                f"0600 (`openssl pkey -in {self.paths['key_pem']} -out plain.pem`)"
             )
-            return None
         except (ValueError, UnsupportedAlgorithm):
-            self.complain(
-                key, path, "it holds no private key in PEM form (PKCS#8, -----BEGIN PRIVATE KEY-----)"
-            )
-            return None
-        if not isinstance(loaded, Ed25519PrivateKey):
-            self.complain(
-                key, path, "the key is not Ed25519; make one with `openssl genpkey -algorithm ed25519`"
-            )
-            return None
-        return loaded
+            text = "it holds no private key in PEM form (PKCS#8, -----BEGIN PRIVATE KEY-----)"
+        else:
+            if isinstance(loaded, Ed25519PrivateKey):
+                return loaded
+            text = "the key is not Ed25519; make one with `openssl genpkey -algorithm ed25519`"
+        self.complain("key_pem", text)
+        return None
 
-    def crls(self, key: str, path: Path, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
+    def crls(self, needed: bool) -> tuple[x509.CertificateRevocationList, ...]:
+        key = "crls_pem"
+        path = self.paths.get(key)
+        if path is None:
+            return ()
         if not needed and not path.exists():
             # the rule in a new network, so no warning; one that was there and has gone is another matter: who
             # was revoked would be back
@@ -328,7 +310,7 @@ class _Reader:
                 path,
             )
             return ()
-        data = self.read(key, path)
+        data = self.read(key)
         if data is None:
             return ()
         end = b"-----END X509 CRL-----"
@@ -338,31 +320,26 @@ class _Reader:
                 start = block.index(b"-----BEGIN X509 CRL-----")
                 found.append(x509.load_pem_x509_crl(block[start:] + end + b"\n"))
         except ValueError as exc:
-            self.complain(key, path, f"a revocation list in it cannot be read: {exc}")
+            self.complain(key, f"a revocation list in it cannot be read: {exc}")
         if not found:
             # an empty file could be a list lost on the way: say so rather than revoke nobody silently
-            self.complain(key, path, "it holds no revocation list in PEM form (-----BEGIN X509 CRL-----)")
+            self.complain(key, "it holds no revocation list in PEM form (-----BEGIN X509 CRL-----)")
         return tuple(found)
 
 
-def _load(
-    files: IdentityFiles, stamps: tuple[object, ...], had_lists: bool = False, warn: bool = True
-) -> _Material:
-    reader = _Reader(warn)
-    certificates = reader.certificates("cert_pem", files.cert)
-    key = reader.private_key("key_pem", files.key)
-    bundle = reader.certificates("trust_pem", files.trust)
-    crls = reader.crls("crls_pem", files.crls, had_lists) if files.crls is not None else ()
+def _load(files: IdentityFiles, had_lists: bool = False, warn: bool = True) -> _Material:
+    reader = _Reader(files, warn)
+    certificates = reader.certificates("cert_pem")
+    key = reader.private_key()
+    bundle = reader.certificates("trust_pem")
+    crls = reader.crls(had_lists)
     anchors = tuple(certificate for certificate in bundle if is_ca(certificate))
     if bundle and not anchors:
-        reader.complain(
-            "trust_pem", files.trust, "none of its certificates is a CA; put the CAs to trust in it"
-        )
+        reader.complain("trust_pem", "none of its certificates is a CA; put the CAs to trust in it")
     rules = TrustRules(anchors, crls)
     if certificates:
-        _check_own(reader, files, certificates, key, rules)
-    if files.crls is not None:
-        _check_crls(reader, files.crls, crls, (*anchors, *certificates[1:]))
+        _check_own(reader, certificates, key, rules)
+    _check_crls(reader, crls, (*anchors, *certificates[1:]))
     if reader.problems or key is None:
         raise IdentityError(reader.problems)
     return _Material(
@@ -372,32 +349,27 @@ def _load(
         peer_id=peer_id_of_key(key.public_key()),
         roles=roles_in(certificates[0]),
         organization=rules.organization(rules.check(certificates[0], certificates[1:])),
-        stamps=stamps,
     )
 
 
 def _check_own(
     reader: _Reader,
-    files: IdentityFiles,
     certificates: tuple[x509.Certificate, ...],
     key: Ed25519PrivateKey | None,
     rules: TrustRules,
 ) -> None:
-    leaf = certificates[0]
+    leaf, paths = certificates[0], reader.paths
     try:
         public = ed25519_key_of(leaf)
         roles_in(leaf)
     except IdentityError as exc:
-        reader.complain("cert_pem", files.cert, str(exc.problems[0].message))
+        reader.complain("cert_pem", str(exc.problems[0].message))
         return
     if key is not None and key.public_key() != public:
-        reader.complain(
-            "key_pem",
-            files.key,
-            f"the key does not belong to the certificate {files.cert}; one of them is wrong",
-        )
+        text = f"the key does not belong to the certificate {paths['cert_pem']}; one of them is wrong"
+        reader.complain("key_pem", text)
     if is_ca(leaf):
-        reader.complain("cert_pem", files.cert, "its first certificate is a CA; a node's own must come first")
+        reader.complain("cert_pem", "its first certificate is a CA; a node's own must come first")
         return
     try:
         usages = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
@@ -408,23 +380,20 @@ def _check_own(
         if ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE not in usages and not all(
             one in usages for one in wanted
         ):
-            reader.complain(
-                "cert_pem", files.cert, "its extended key usage must allow both serverAuth and clientAuth"
-            )
+            text = "its extended key usage must allow both serverAuth and clientAuth"
+            reader.complain("cert_pem", text)
     if (problem := validity_problem(leaf, datetime.now(UTC))) is not None:
-        reader.complain("cert_pem", files.cert, problem)
+        reader.complain("cert_pem", problem)
     elif rules.anchors:
         try:
             rules.check(leaf, certificates[1:])
         except IdentityError as exc:
-            reader.complain(
-                "cert_pem", files.cert, f"{exc.problems[0].message} (trust bundle: {files.trust})"
-            )
+            text = f"{exc.problems[0].message} (trust bundle: {paths['trust_pem']})"
+            reader.complain("cert_pem", text)
 
 
 def _check_crls(
     reader: _Reader,
-    path: Path,
     crls: tuple[x509.CertificateRevocationList, ...],
     authorities: tuple[x509.Certificate, ...],
 ) -> None:
@@ -432,15 +401,13 @@ def _check_crls(
         issuer = crl.issuer.rfc4514_string()
         known = [ca for ca in authorities if ca.subject == crl.issuer]
         if known and not any(crl_signed_by(crl, ca) for ca in known):
-            reader.complain(
-                "crls_pem", path, f"the revocation list of {issuer} was not signed by that CA's key"
-            )
+            reader.complain("crls_pem", f"the revocation list of {issuer} was not signed by that CA's key")
         elif crl.next_update_utc is not None and crl.next_update_utc < datetime.now(UTC):
             reader.tell(
                 logging.WARNING,
                 "The revocation list of %s in %s is out of date since %s; it still counts, fetch a new one.",
                 issuer,
-                path,
+                reader.paths["crls_pem"],
                 f"{crl.next_update_utc:%Y-%m-%d}",
             )
 

@@ -16,12 +16,12 @@ from hypha.pki.certificates import (
     fingerprint,
     is_ca,
     is_self_signed,
-    parse_pem,
     peer_id_of_key,
     roles_in,
     roles_issued_by,
     validity_problem,
 )
+from hypha.pki.issuers import load_chain
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,7 @@ class InspectedFile:
 
 def describe(path: Path) -> InspectedFile:
     """What is known of every certificate in the PEM file ``path``; IdentityError when there is none."""
-    try:
-        certificates = parse_pem(path.read_bytes())
-    except OSError as exc:
-        raise IdentityError(f"{path}: it cannot be read ({exc.strerror})") from exc
-    except ValueError as exc:
-        raise IdentityError(f"{path}: it holds no certificate in PEM form") from exc
+    certificates = load_chain(path)
     key = path.with_name(path.name.removesuffix("-cert.pem") + "-key.pem")
     has_key = path.name.endswith("-cert.pem") and key.exists()
     return InspectedFile(

@@ -1,7 +1,12 @@
-"""An authority on disk: its certificate, its key and what is above it, checked before it may sign."""
+"""An authority on disk: its certificate, its key and what is above it, checked before it may sign; and how
+key material is written: never readable by others for a moment, never over something, never half.
+"""
 
 from __future__ import annotations
 
+import os
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,14 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from hypha.errors import IdentityError
-from hypha.pki.certificates import (
-    is_ca,
-    is_self_signed,
-    issued_by,
-    name_of,
-    parse_pem,
-    validity_problem,
-)
+from hypha.pki.certificates import is_ca, is_self_signed, issued_by, name_of, parse_pem, validity_problem
+from hypha.staging import StagedFile
 
 SigningKey = Ed25519PrivateKey | ed448.Ed448PrivateKey | rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -80,12 +79,7 @@ def _above(ca: CaFiles, certificate: x509.Certificate) -> tuple[x509.Certificate
                 f"{trust}: there is no such file; it must hold the root above {ca.cert}, so that nodes can "
                 "trust other organisations under it (name it with the trust option)"
             )
-    try:
-        bundle = parse_pem(trust.read_bytes())
-    except OSError as exc:
-        raise IdentityError(f"{trust}: it cannot be read ({exc.strerror})") from exc
-    except ValueError as exc:
-        raise IdentityError(f"{trust}: it holds no certificate in PEM form") from exc
+    bundle = load_chain(trust)
     chain = [certificate]
     while (
         above := next((one for one in bundle if one not in chain and issued_by(chain[-1], one)), None)
@@ -97,7 +91,6 @@ def _above(ca: CaFiles, certificate: x509.Certificate) -> tuple[x509.Certificate
 
 
 def load_certificate(path: Path) -> x509.Certificate:
-    """The first certificate in ``path``."""
     return load_chain(path)[0]
 
 
@@ -125,3 +118,47 @@ def key_identifier_of(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
         return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
     except x509.ExtensionNotFound:
         return x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key())  # type: ignore[arg-type]
+
+
+def check_absent(paths: Sequence[Path], advice: str) -> None:
+    if there := [str(path) for path in paths if os.path.lexists(path)]:
+        raise IdentityError(f"{', '.join(there)}: already there, and nothing is overwritten; {advice}")
+
+
+def write_new(files: Sequence[tuple[Path, bytes, int]]) -> None:
+    """Write ``(path, content, mode)`` each under its final name, or none of them."""
+    made: list[Path] = []
+    try:
+        for path, content, mode in files:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _place(path, content, mode)
+            made.append(path)
+    except OSError as exc:
+        for path in made:
+            path.unlink(missing_ok=True)
+        what = (
+            "already there" if isinstance(exc, FileExistsError) else f"it cannot be written ({exc.strerror})"
+        )
+        raise IdentityError(f"{exc.filename2 or exc.filename or files[0][0]}: {what}") from exc
+
+
+def replace_file(path: Path, content: bytes, mode: int) -> None:
+    """Atomically replace ``path``, whose owner and mode stay as they are, or make it with ``mode``."""
+    try:
+        try:
+            before = path.stat()
+        except FileNotFoundError:
+            before = None
+        _place(path, content, mode if before is None else stat.S_IMODE(before.st_mode), before)
+    except OSError as exc:
+        raise IdentityError(f"{path}: it cannot be written ({exc.strerror})") from exc
+
+
+def _place(path: Path, content: bytes, mode: int, over: os.stat_result | None = None) -> None:
+    """``over`` is the file that is replaced; without one nothing may be there."""
+    with StagedFile(path, durable=True, mode=mode, exclusive=over is None) as staged:
+        staged.file.write(content)
+        if over is not None and (over.st_uid, over.st_gid) != (os.geteuid(), os.getegid()):
+            # a node that runs as somebody else has to read it again; raises where we may not
+            os.fchown(staged.file.fileno(), over.st_uid, over.st_gid)
+        staged.publish()

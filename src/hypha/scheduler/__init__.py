@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hypha.scheduler.status.snapshot import JobSnapshot, WorkerSnapshot
 
 if TYPE_CHECKING:
-    from hypha.scheduler.durable.ledger_files import read_ledger
+    from hypha.scheduler.durable.ledger import read_ledger
     from hypha.scheduler.job.ending import finished_job
     from hypha.scheduler.job.run import run_job
     from hypha.scheduler.job.states import JobResult, Observation
@@ -27,7 +27,7 @@ _LATER = {
     "JobResult": "job.states",
     "Observation": "job.states",
     "finished_job": "job.ending",
-    "read_ledger": "durable.ledger_files",
+    "read_ledger": "durable.ledger",
     "run_job": "job.run",
 }
 

@@ -34,7 +34,7 @@ from hypha.node import Node
 from hypha.runtime import free_bytes, in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import MODEL, PREPROCESSOR
-from hypha.scheduler.durable.checkpoints import CheckpointStore, safe_relative
+from hypha.scheduler.durable.state_directory import CheckpointStore, safe_relative
 from hypha.scheduler.rounds.events import AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
 from hypha.scheduler.rounds.policy import Start
 

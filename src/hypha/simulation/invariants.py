@@ -23,9 +23,8 @@ from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
 from hypha.scheduler import JobResult
 from hypha.scheduler.data.slices import TrackerState
-from hypha.scheduler.durable.checkpoints import CheckpointStore
-from hypha.scheduler.durable.ledger_files import read_ledger
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.ledger import read_ledger
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.simulation.configurations import JOB

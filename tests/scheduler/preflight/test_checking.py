@@ -19,8 +19,8 @@ from hypha.errors import ConfigError
 from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.durable.database import has_trained
 from hypha.scheduler.durable.ledger import Ledger, Opening
-from hypha.scheduler.durable.ledger_files import has_trained
 from hypha.scheduler.durable.starts import begins_anew, described
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
 

@@ -9,9 +9,8 @@ import pytest
 
 from hypha.config.job import JobConfig
 from hypha.messages import Column, ColumnRange, Manifest, SliceInfo
-from hypha.scheduler.preflight.finding import PreflightFinding
 from hypha.scheduler.preflight.findings import findings
-from hypha.scheduler.preflight.known import ModelDescription, describe_model
+from hypha.scheduler.preflight.known import ModelDescription, PreflightFinding, describe_model
 
 RESNET = {"model_type": "resnet", "num_channels": 1, "id2label": {str(n): str(n) for n in range(10)}}
 VIT = {**RESNET, "model_type": "vit", "image_size": 8}

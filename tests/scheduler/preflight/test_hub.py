@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.hub import Hub, Repository
 
 from hypha.messages import HuggingFace
-from hypha.scheduler.preflight.hub import HubFinding, ask_hub
+from hypha.scheduler.preflight.checking import HubFinding, ask_hub
 
 FILES = {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"weights"}
 

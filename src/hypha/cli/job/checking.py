@@ -18,7 +18,7 @@ from hypha.net import Libp2pNode, open_node, options_from
 from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.preflight.checking import Checked, check_job
-from hypha.scheduler.preflight.finding import described, number
+from hypha.scheduler.preflight.known import described, number
 from hypha.scheduler.preflight.trial import open_trial
 from hypha.telemetry.logs import configure_logging
 

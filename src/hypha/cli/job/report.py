@@ -123,7 +123,7 @@ def _configuration(path: Path | None) -> tuple[SchedulerConfig | None, str]:
 def _gathered(
     directory: Path, loaded: SchedulerConfig | None, about: str, logs: Sequence[Path]
 ) -> Iterator[tuple[str, str]]:
-    from hypha.scheduler.status.history_file import read_history
+    from hypha.scheduler.status.history import read_history
 
     secrets = secrets_in(loaded) | _page_token(directory)
     rounds = read_history(directory)

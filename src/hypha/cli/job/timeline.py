@@ -65,7 +65,7 @@ def timeline(
     state_dir: StateOption = Path("state"),
 ) -> None:
     """Write the rounds of a job as a trace that opens in Perfetto (ui.perfetto.dev)."""
-    from hypha.scheduler.status.history_file import read_history
+    from hypha.scheduler.status.history import read_history
 
     records = read_history(job_directory(job, state_dir))
     text = json.dumps({"displayTimeUnit": "ms", "traceEvents": to_builtins(trace_events(records))})

@@ -1,17 +1,22 @@
-"""The SQLite file below the ledger: its tables, how it is opened, and how a full disk is waited out."""
+"""The SQLite file below the ledger: its tables, how it is opened, how a full disk is waited out, and what a
+resumed job needs of it before it opens its own ledger.
+"""
 
 from __future__ import annotations
 
 import logging
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
+from hypha.decoding import decode_json
 from hypha.errors import HyphaError
 from hypha.runtime import in_thread
+from hypha.scheduler.leasing.events import LeaseGained
 from hypha.waiting import Reminder
 
 T = TypeVar("T")
@@ -84,10 +89,11 @@ def is_full(exc: Exception) -> bool:
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF in _FULL
 
 
-async def with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+async def with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLimiter | None = None) -> T:
     """``call`` in a thread, not cancelled half-way, again until the disk is not full any more; the database
     at ``path`` is the one that is logged.
     """
+    limiter = limiter or trio.CapacityLimiter(1)
     reminder: Reminder | None = None
     while True:
         try:
@@ -104,3 +110,38 @@ async def with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLi
         if reminder:
             logger.info("The ledger %s can be written again", path)
         return result
+
+
+async def held_leases(path: Path) -> list[LeaseGained]:
+    """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
+    disk not even that can be read: it waits for space. Raises :class:`HyphaError`.
+    """
+    return [decode_json(row[0], LeaseGained) for row in await _query(path, "SELECT lease FROM pool")]
+
+
+async def has_trained(path: Path) -> bool:
+    """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
+    return bool(await _query(path, "SELECT 1 FROM rounds LIMIT 1"))
+
+
+async def known_manifest(path: Path) -> str | None:
+    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
+    as :func:`held_leases` does.
+    """
+    rows = await _query(path, "SELECT manifest_hash FROM job WHERE state != 'done'")
+    return rows[0][0] if rows else None
+
+
+async def _query(path: Path, query: str) -> list[tuple[str]]:
+    def read() -> list[tuple[str]]:
+        if not path.is_file():
+            return []
+        with closing(connect(path)) as db:
+            try:
+                return db.execute(query).fetchall()
+            except sqlite3.OperationalError as exc:
+                if is_full(exc):
+                    raise
+                return []  # killed before it had tables
+
+    return await with_space(path, read)

@@ -33,8 +33,6 @@ _ENTRY_POINTS = ("config.json",)
 
 
 class PublishedFile(Struct, frozen=True):
-    """A file of the published model."""
-
     name: str
     size: int
 
@@ -73,13 +71,12 @@ def absolute_place(place: str) -> str:
 
 
 def output_for(place: str, token: str | None = None) -> Output:
-    """The output named ``place`` in the configuration."""
-    scheme, separator, rest = place.partition("://")
-    if scheme == "hf" and separator:
-        return HubOutput(rest.rstrip("/"), token)
-    if separator and scheme != "file":
-        return UrlOutput(place.rstrip("/"))
-    return LocalOutput(Path(rest if separator else place))
+    directory = local_directory(place)
+    if directory is not None:
+        return LocalOutput(directory)
+    if place.startswith("hf://"):
+        return HubOutput(place.removeprefix("hf://").rstrip("/"), token)
+    return UrlOutput(place.rstrip("/"))
 
 
 @contextmanager
@@ -108,8 +105,6 @@ def _about(about: Published, staged: Path) -> bytes:
 
 
 class LocalOutput:
-    """A directory."""
-
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.abspath(path))
 
@@ -160,7 +155,6 @@ class UrlOutput:
         self.url = url
 
     def check(self) -> None:
-        """Write and delete a probe."""
         with _translated(self.url, "writing to"):
             place = UrlPlace(self.url)
             probe = f".hypha-probe-{new_id()}"
@@ -187,7 +181,6 @@ class UrlOutput:
 
     @staticmethod
     def _published(place: UrlPlace) -> set[str]:
-        """Files of the model that is there."""
         if not place.exists(MARKER):
             return set()
         try:
@@ -222,7 +215,6 @@ class HubOutput:
                 api.create_branch(self.repository, branch=self.revision, exist_ok=True)
 
     def publish(self, staged: Path, about: Published) -> str:
-        """One commit."""
         with _translated(f"hf://{self.repository}", "publishing the model to"):
             (staged / MARKER).write_bytes(_about(about, staged))
             self._api().upload_folder(

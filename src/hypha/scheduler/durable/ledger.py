@@ -20,7 +20,7 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from hypha.decoding import decode_json
+from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import (
     AggregateJob,
@@ -36,6 +36,7 @@ from hypha.resources import weighted_capacity
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.database import SCHEMA, connect, is_full, with_space
 from hypha.scheduler.leasing.events import LeaseGained, TrackRecord
+from hypha.staging import write_whole
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,6 +106,10 @@ class Ledger:
         """Close the file; may be called twice."""
         self._db.close()
 
+    def _write(self, query: str, *values: object) -> None:
+        with self._db:
+            self._db.execute(query, values)
+
     def standing(self) -> Standing | None:
         """Which job this is the ledger of; ``None`` in a new one."""
         row = self._db.execute(
@@ -112,12 +117,10 @@ class Ledger:
         ).fetchone()
         if row is None:
             return None
-        train = decode_json(row[4], TrainJob)
-        aggregate = decode_json(row[5], AggregateJob)
+        train, aggregate = decode_json(row[4], TrainJob), decode_json(row[5], AggregateJob)
         return Standing(row[0], row[1], row[2], row[3], train, aggregate)
 
     def open_job(self, opening: Opening, tracker: TrackerState) -> None:
-        """A new job begins with round 0."""
         with self._db:
             self._db.execute(
                 "INSERT INTO job (one, job_id, generation, state, manifest_hash, train, aggregate, manifest)"
@@ -141,17 +144,14 @@ class Ledger:
             self._set_slices(tracker)
             self._db.execute("UPDATE job SET generation = ?, state = 'running'", (generation,))
             self._db.execute("UPDATE rounds SET discarded = 1 WHERE round >= ?", (round_,))
-            self._db.execute("DELETE FROM checkpoints WHERE round > ?", (round_,))
-            self._db.execute("DELETE FROM replicas WHERE round > ?", (round_,))
-            self._db.execute("DELETE FROM starts WHERE round > ?", (round_,))
+            for table in ("checkpoints", "replicas", "starts"):
+                self._db.execute(f"DELETE FROM {table} WHERE round > ?", (round_,))
 
     def first_theta(self, theta: str) -> None:
         """The hash of theta of round 0, from the parameter server."""
-        with self._db:
-            self._db.execute("UPDATE job SET theta = ?", (theta,))
+        self._write("UPDATE job SET theta = ?", theta)
 
     def record(self, entry: LedgerRound, tracker: TrackerState, steps: int) -> None:
-        """A round was applied."""
         with self._db:
             self._db.execute(
                 "INSERT INTO rounds (generation, round, samples, theta, entry) VALUES (?, ?, ?, ?, ?)",
@@ -198,24 +198,16 @@ class Ledger:
 
     def checkpoint(self, round_: int, place: str) -> None:
         """``round_`` can be started from the files at ``place``."""
-        with self._db:
-            self._db.execute(
-                "INSERT OR REPLACE INTO checkpoints (round, place) VALUES (?, ?)", (round_, place)
-            )
+        self._write("INSERT OR REPLACE INTO checkpoints (round, place) VALUES (?, ?)", round_, place)
 
     def forget_checkpoint(self, round_: int) -> None:
-        """Its files are gone or wrong."""
         with self._db:
             self._db.execute("DELETE FROM checkpoints WHERE round = ?", (round_,))
             self._db.execute("DELETE FROM replicas WHERE round = ?", (round_,))
 
     def replicated(self, worker: PeerRef, index: CheckpointIndex) -> None:
-        """``worker`` has a complete copy of the checkpoint."""
-        with self._db:
-            self._db.execute(
-                "INSERT OR REPLACE INTO replicas (round, peer, worker, content) VALUES (?, ?, ?, ?)",
-                (index.round, worker.peer, _text(worker), _text(index)),
-            )
+        query = "INSERT OR REPLACE INTO replicas (round, peer, worker, content) VALUES (?, ?, ?, ?)"
+        self._write(query, index.round, worker.peer, _text(worker), _text(index))
 
     def replicas(self, round_: int | None = None) -> list[tuple[PeerRef, CheckpointIndex]]:
         """Who has a copy of the checkpoint for ``round_`` (of any), newest first."""
@@ -223,21 +215,12 @@ class Ledger:
             "SELECT worker, content FROM replicas WHERE ?1 IS NULL OR round = ?1 ORDER BY round DESC",
             (round_,),
         ).fetchall()
-        return [
-            (
-                decode_json(worker, PeerRef),
-                decode_json(content, CheckpointIndex),
-            )
-            for worker, content in rows
-        ]
+        return [(decode_json(worker, PeerRef), decode_json(index, CheckpointIndex)) for worker, index in rows]
 
     def skip_generations(self, count: int) -> None:
-        """The next generation is another ``count`` generations later."""
-        with self._db:
-            self._db.execute("UPDATE job SET generation = generation + ?", (count,))
+        self._write("UPDATE job SET generation = generation + ?", count)
 
     def copy_to(self, path: Path) -> None:
-        """Write a copy of the whole ledger as it is now."""
         path.unlink(missing_ok=True)
         with closing(sqlite3.connect(path)) as copy:
             self._db.backup(copy)
@@ -262,7 +245,6 @@ class Ledger:
         return int(round_), int(steps), str(theta)
 
     def newest_start(self) -> int:
-        """The newest round that can be started again."""
         row = self._db.execute(
             "SELECT MAX(starts.round) FROM starts JOIN checkpoints ON checkpoints.round = starts.round"
         ).fetchone()
@@ -283,8 +265,7 @@ class Ledger:
 
     def lease_ended(self, lease_id: str | None = None) -> None:
         """It is held no more; ``None``: none is."""
-        with self._db:
-            self._db.execute("DELETE FROM pool WHERE ?1 IS NULL OR lease_id = ?1", (lease_id,))
+        self._write("DELETE FROM pool WHERE ?1 IS NULL OR lease_id = ?1", lease_id)
 
     def leases(self) -> list[LeaseGained]:
         """What was held, by whichever scheduler wrote this ledger."""
@@ -293,12 +274,12 @@ class Ledger:
 
     def failed(self, peer: str, reason: str) -> None:
         """That worker failed, or was lost: that counts when offers are compared."""
-        with self._db:
-            self._db.execute(
-                "INSERT INTO failures (peer, times, reason) VALUES (?, 1, ?)"
-                " ON CONFLICT (peer) DO UPDATE SET times = times + 1, reason = excluded.reason",
-                (peer, reason[:_LONGEST_REASON]),
-            )
+        self._write(
+            "INSERT INTO failures (peer, times, reason) VALUES (?, 1, ?)"
+            " ON CONFLICT (peer) DO UPDATE SET times = times + 1, reason = excluded.reason",
+            peer,
+            reason[:_LONGEST_REASON],
+        )
 
     def track_records(self) -> list[TrackRecord]:
         """What was seen of each worker: the newest rounds, and all failures."""
@@ -308,7 +289,7 @@ class Ledger:
         rounds: Counter[str] = Counter()
         samples: Counter[str] = Counter()
         seconds: dict[str, float] = {}
-        for entry in self._entries(text for (text,) in rows):
+        for entry in _entries(self.path, (text for (text,) in rows)):
             for part in entry.contributors:
                 rounds[part.worker] += 1
                 samples[part.worker] += part.samples
@@ -325,14 +306,6 @@ class Ledger:
             )
             for worker in sorted(rounds.keys() | failures.keys())
         ]
-
-    def _entries(self, texts: Iterable[str]) -> Iterator[LedgerRound]:
-        """What can be read of them: an odd one, of another version, is logged, and does not stop the job."""
-        for text in texts:
-            try:
-                yield decode_json(text, LedgerRound)
-            except Undecodable as exc:
-                logger.error("The ledger %s holds a round that cannot be read: %s", self.path, exc)
 
     def theta_of(self, round_: int) -> str:
         """The hash of theta at the start of ``round_``; empty where only the model tells it (round 0)."""
@@ -356,27 +329,63 @@ class Ledger:
 
     def to_file(self) -> LedgerFile:
         """All of it, for replay. :class:`HyphaError` when no job was begun."""
-        row = self._db.execute("SELECT train, aggregate, manifest, manifest_hash, theta FROM job").fetchone()
-        if row is None:
-            raise HyphaError(f"{self.path} is the ledger of no job")
-        entries = self._db.execute("SELECT entry, discarded FROM rounds ORDER BY number").fetchall()
-        return LedgerFile(
-            job=decode_json(row[0], TrainJob),
-            aggregate=decode_json(row[1], AggregateJob),
-            manifest=decode_json(row[2], Manifest),
-            manifest_hash=row[3],
-            theta=row[4],
-            rounds=tuple(
-                msgspec.structs.replace(entry, discarded=bool(discarded))
-                for text, discarded in entries
-                for entry in self._entries((text,))
-            ),
-        )
+        return _file_of(self._db, self.path)
 
 
 async def open_ledger(path: Path) -> Ledger:
     """The ledger in ``path``, once there is space for it. Raises :class:`HyphaError`."""
-    return await with_space(path, lambda: Ledger(path), trio.CapacityLimiter(1))
+    return await with_space(path, lambda: Ledger(path))
+
+
+def read_ledger(path: Path) -> LedgerFile:
+    """The ledger in ``path``: a ``job.db`` or an exported ``ledger.json``. Raises :class:`HyphaError`."""
+    if not path.is_file():
+        raise HyphaError(f"there is no ledger at {path}")
+    try:
+        if path.suffix == ".json":
+            return decode_json(path.read_bytes(), LedgerFile)
+        # somebody may have sent it, and SQLite's own errors may quote what is no text
+        return decode(_read_database, path)
+    except (Undecodable, OSError) as exc:
+        raise HyphaError(f"{path} is no readable ledger: {exc}") from exc
+
+
+def export_ledger(file: LedgerFile, path: Path) -> None:
+    """Write ``ledger.json``, whole or not at all."""
+    write_whole(path, msgspec.json.format(encode_json(file), indent=1))
+
+
+def _read_database(path: Path) -> LedgerFile:
+    with closing(connect(path)) as db:
+        return _file_of(db, path)
+
+
+def _file_of(db: sqlite3.Connection, path: Path) -> LedgerFile:
+    row = db.execute("SELECT train, aggregate, manifest, manifest_hash, theta FROM job").fetchone()
+    if row is None:
+        raise HyphaError(f"{path} is the ledger of no job")
+    entries = db.execute("SELECT entry, discarded FROM rounds ORDER BY number").fetchall()
+    return LedgerFile(
+        job=decode_json(row[0], TrainJob),
+        aggregate=decode_json(row[1], AggregateJob),
+        manifest=decode_json(row[2], Manifest),
+        manifest_hash=row[3],
+        theta=row[4],
+        rounds=tuple(
+            msgspec.structs.replace(entry, discarded=bool(discarded))
+            for text, discarded in entries
+            for entry in _entries(path, (text,))
+        ),
+    )
+
+
+def _entries(path: Path, texts: Iterable[str]) -> Iterator[LedgerRound]:
+    """What can be read of them: an odd one, of another version, is logged, and does not stop the job."""
+    for text in texts:
+        try:
+            yield decode_json(text, LedgerRound)
+        except Undecodable as exc:
+            logger.error("The ledger %s holds a round that cannot be read: %s", path, exc)
 
 
 def _text(value: Struct) -> str:

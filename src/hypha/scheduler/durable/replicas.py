@@ -1,16 +1,10 @@
 """Replicas: copies of a job's checkpoints that workers keep, for when what the scheduler keeps is lost.
 
-:class:`Replicating` makes them in the background, of the newest checkpoint only. Who offers storage is found
-out by requests: a worker that keeps none refuses. Workers are asked one after the other, so the scheduler
-sends one copy at a time: first those who have copies of this job already, the parameter server's own worker
-last, for it and its copy would be lost together.
-
-:class:`Replicas` fetches them back. Where copies are is in the ledger; where their workers are now, in the
-DHT. Every file is verified against the hash that the ledger has of it. A copy holds the ledger itself too, as
-it was when the copy was made, so that a job goes on even when the whole state directory is gone: then the DHT
-alone knows who has copies, and they are given to nobody but the PeerID that left them there. Any worker may
-announce that it has some, so the scheduler signs the index of each copy, and then trusts what its own key has
-signed. Both are one module, as one must recognise what the other left.
+:class:`Replicating` makes them. Workers are asked one after the other, so the scheduler sends one copy at a
+time: first those who have copies of this job already, the parameter server's own worker last, for it and its
+copy would be lost together. :class:`Replicas` fetches them back, each file verified against the hash that the
+ledger has of it, or an index with the scheduler's own signature: any worker may announce that it has some.
+Both are one module, as one must recognise what the other left.
 """
 
 from __future__ import annotations
@@ -19,6 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -42,9 +37,8 @@ from hypha.messages import (
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.checkpoints import CheckpointStore, safe_relative
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory, safe_relative
 from hypha.scheduler.leasing.events import LeaseGained
 
 logger = logging.getLogger(__name__)
@@ -68,10 +62,9 @@ Copy = tuple[PeerRef, CheckpointIndex]
 class Replicas:
     """Copies of the checkpoints of the job called ``job``, as ``node`` left them with workers."""
 
-    def __init__(self, node: Node, job: str, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, node: Node, job: str) -> None:
         self.node = node
         self.job = job
-        self._patience_s = patience_s
         #: who was asked by this scheduler to keep one, whatever came of it
         self.asked: dict[str, PeerRef] = {}
 
@@ -83,9 +76,11 @@ class Replicas:
 
     async def bring_back(self, ledger: Ledger, store: CheckpointStore, round_: int) -> bool:
         """Fetch the checkpoint for ``round_`` into ``store``; False when nobody has it undamaged."""
-        copies = await ledger.run(Ledger.replicas, round_)
+        copies = []
+        for worker, index in await ledger.run(Ledger.replicas, round_):
+            files = tuple(file for file in index.files if file.name != LEDGER)
+            copies.append((worker, msgspec.structs.replace(index, files=files, signature="")))
         place = store.returning(round_)
-        copies = [(worker, _without_ledger(index)) for worker, index in copies]
         found = await self._fetch_one_of(copies, place) if copies else None
         if found is None:
             return False
@@ -94,7 +89,7 @@ class Replicas:
         logger.warning(
             "The checkpoint for round %d was lost here; the copy of a worker takes its place",
             round_,
-            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": round_},
+            extra=_fields(worker, index),
         )
         return True
 
@@ -104,7 +99,7 @@ class Replicas:
         """
         if state.ledger.exists():
             return
-        copies = [copy for copy in await self._ask_around(self._patience_s) if self._is_own(*copy)]
+        copies = [copy for copy in await self._ask_around(PATIENCE_S) if self._is_own(*copy)]
         jobs = sorted({index.job_id for _, index in copies})
         if not jobs:
             return
@@ -117,8 +112,8 @@ class Replicas:
         newest = max((index.generation, index.round) for _, index in copies)
         copies = [copy for copy in copies if (copy[1].generation, copy[1].round) == newest]
         place = state.path / "returning"
-        updates = [(worker, _only_ledger(index)) for worker, index in copies]
-        found = await self._fetch_one_of(updates, place)
+        ledgers = [(worker, _ledger_of(index)) for worker, index in copies]
+        found = await self._fetch_one_of(ledgers, place)
         if found is None:
             return
         worker, index = found
@@ -130,7 +125,7 @@ class Replicas:
         try:
             # this copy was not yet complete when the ledger in it was written
             for holder, whole in copies:
-                if _only_ledger(whole) == index:
+                if _ledger_of(whole) == index:
                     await ledger.run(Ledger.replicated, holder, whole)
             await ledger.run(Ledger.checkpoint, index.round, "scheduler")
             # the scheduler went on after it wrote this ledger: its leases expire, its later generations are
@@ -144,7 +139,7 @@ class Replicas:
             "would start anew)",
             state.path,
             index.round,
-            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
+            extra=_fields(worker, index),
         )
 
     def _is_own(self, worker: PeerRef, index: CheckpointIndex) -> bool:
@@ -155,7 +150,7 @@ class Replicas:
             "A worker reports a copy of round %d which this scheduler has not signed; it is not "
             "used (workers of earlier versions do not keep the signature)",
             index.round,
-            extra={"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round},
+            extra=_fields(worker, index),
         )
         return False
 
@@ -208,7 +203,7 @@ class Replicas:
                 silent[worker.peer] = str(exc)
             else:
                 found = answer.found if isinstance(answer, CheckpointList) else ()
-                answered[worker.peer] = [(worker, index) for index in found if _only_ledger(index).files]
+                answered[worker.peer] = [(worker, index) for index in found if _ledger_of(index).files]
 
         deadline = trio.current_time() + patience_s
         while True:
@@ -236,27 +231,23 @@ class Replicas:
         """
         await in_thread(shutil.rmtree, place, True)
         left = list(copies)
-        deadline = trio.current_time() + self._patience_s
+        deadline = trio.current_time() + PATIENCE_S
         while left:
             # they may have other addresses by now
             await self.node.find_providers(self._name)
             for copy in list(left):
                 worker, index = copy
-                fields = {"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round}
                 try:
                     await self._fetch(worker, index, place)
                     return copy
                 except NetworkError as exc:
-                    final = isinstance(exc, TransferCorrupt)
-                    if isinstance(exc, Refused):
-                        final = not exc.retryable
-                    if final:
+                    if isinstance(exc, TransferCorrupt) or (isinstance(exc, Refused) and not exc.retryable):
                         left.remove(copy)
                     logger.warning(
                         "The copy of the checkpoint for round %d was not fetched: %s",
                         index.round,
                         exc,
-                        extra=fields,
+                        extra=_fields(worker, index),
                     )
             if trio.current_time() + _PAUSE_S > deadline:
                 break
@@ -282,41 +273,31 @@ def ranked(leases: Iterable[LeaseGained], holders: Collection[str]) -> list[Leas
     leases = list(leases)
     servers = {lease.worker.peer for lease in leases if lease.kind == "aggregate"}
     by_peer = {lease.worker.peer: lease for lease in leases}
-    return sorted(by_peer.values(), key=lambda lease: _rank(lease.worker.peer, servers, holders))
+    return [
+        by_peer[peer] for peer in sorted(by_peer, key=lambda one: (one in servers, one not in holders, one))
+    ]
 
 
-def _rank(peer: str, servers: Collection[str], holders: Collection[str]) -> tuple[bool, bool, str]:
-    return (peer in servers, peer not in holders, peer)
-
-
+@dataclass
 class Replicating:
     """Keeps ``wanted`` copies of the newest checkpoint; :meth:`run` does the work. ``stamp`` is the job's
     current one, ``leases`` are those held now, ``replicas`` remembers who was asked.
     """
 
-    def __init__(
-        self,
-        replicas: Replicas,
-        ledger: Ledger,
-        state: StateDirectory,
-        stamp: Callable[[], JobStamp],
-        leases: Callable[[], Iterable[LeaseGained]],
-        wanted: int,
-    ) -> None:
-        self._replicas = replicas
-        self._ledger = ledger
-        self._state = state
-        self._stamp = stamp
-        self._leases = leases
-        self._wanted = wanted
-        self._store: CheckpointStore | None = None
-        self._round = -1
-        self._changed = trio.Event()
-        self._scope = trio.CancelScope()
-        self._index: CheckpointIndex | None = None
-        #: leases of workers that keep nothing
-        self._without: set[str] = set()
-        self._logged: tuple[int, str] = (-1, "")
+    replicas: Replicas
+    ledger: Ledger
+    state: StateDirectory
+    stamp: Callable[[], JobStamp]
+    leases: Callable[[], Iterable[LeaseGained]]
+    wanted: int
+    _store: CheckpointStore | None = None
+    _round: int = -1
+    _index: CheckpointIndex | None = None
+    _changed: trio.Event = field(default_factory=trio.Event)
+    _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    #: leases of workers that keep nothing
+    _without: set[str] = field(default_factory=set)
+    _logged: tuple[int, str] = (-1, "")
 
     def put(self, round_: int, store: CheckpointStore) -> None:
         """The checkpoint for ``round_``, in ``store``, is the newest one."""
@@ -326,19 +307,18 @@ class Replicating:
     async def run(self) -> None:
         """Until :meth:`close`, or cancelled."""
         with self._scope:
-            while self._wanted:
+            while self.wanted:
                 self._changed = trio.Event()
                 enough = self._store is None or await self._copy(self._store, self._round)
                 with trio.move_on_after(math.inf if enough else RETRY_S):
                     await self._changed.wait()
 
     def close(self) -> None:
-        """No more copies are wanted."""
         self._scope.cancel()
 
     async def _copy(self, store: CheckpointStore, round_: int) -> bool:
         """True when there are as many copies as are wanted, or none is possible any more."""
-        ledger = self._state.incoming / f"ledger-{round_}.db"
+        ledger = self.state.incoming / f"ledger-{round_}.db"
         try:
             index = self._index or await self._describe(store, round_, ledger)
         except (Refused, OSError) as exc:
@@ -346,16 +326,16 @@ class Replicating:
             return True
         if round_ == self._round:
             self._index = index
-        copies = await self._ledger.run(Ledger.replicas)
+        copies = await self.ledger.run(Ledger.replicas)
         done = {worker.peer for worker, copy in copies if copy.round == round_}
         reason = "nobody who is leased offers storage (storage.checkpoints_gb of workers)"
-        for lease in ranked(self._leases(), {worker.peer for worker, _ in copies}):
-            if len(done) >= self._wanted or round_ != self._round:
+        for lease in ranked(self.leases(), {worker.peer for worker, _ in copies}):
+            if len(done) >= self.wanted or round_ != self._round:
                 break
             peer = lease.worker.peer
             if peer in done or lease.lease_id in self._without:
                 continue
-            fields = {"worker_peer_id": peer, "job_id": index.job_id, "round": round_}
+            fields = _fields(lease.worker, index)
             try:
                 await self._copy_to(lease.worker, index, store, round_, ledger)
             except Refused as exc:
@@ -367,7 +347,7 @@ class Replicating:
             except NetworkError as exc:
                 reason = str(exc)
             else:
-                await self._ledger.run(Ledger.replicated, lease.worker, index)
+                await self.ledger.run(Ledger.replicated, lease.worker, index)
                 done.add(peer)
                 logger.info("A worker keeps a copy of the checkpoint for round %d", round_, extra=fields)
                 continue
@@ -375,14 +355,14 @@ class Replicating:
         return round_ != self._round or self._enough(round_, len(done), reason)
 
     def _enough(self, round_: int, count: int, reason: str) -> bool:
-        if count >= self._wanted:
+        if count >= self.wanted:
             return True
         if self._logged != (round_, reason):
             self._logged = (round_, reason)
             logger.warning(
                 "There are %d of %d copies of the checkpoint for round %d: %s",
                 count,
-                self._wanted,
+                self.wanted,
                 round_,
                 reason,
             )
@@ -391,25 +371,25 @@ class Replicating:
     async def _describe(self, store: CheckpointStore, round_: int, ledger: Path) -> CheckpointIndex:
         """What is to be copied: the checkpoint, and the ledger as it is now, in ``ledger``."""
         index = await in_thread(store.index, round_)
-        for old in self._state.incoming.glob("ledger-*.db"):
+        for old in self.state.incoming.glob("ledger-*.db"):
             old.unlink()
-        await self._ledger.run(Ledger.copy_to, ledger)
+        await self.ledger.run(Ledger.copy_to, ledger)
         meta = await meta_of(ledger, "checkpoint", LEDGER)
-        whole = _with_ledger(index, CheckpointFile(name=LEDGER, size=meta.size, blake3=meta.blake3))
-        return self._replicas.signed(whole)
+        copied = CheckpointFile(name=LEDGER, size=meta.size, blake3=meta.blake3)
+        return self.replicas.signed(msgspec.structs.replace(index, files=(*index.files, copied)))
 
     async def _copy_to(
         self, worker: PeerRef, index: CheckpointIndex, store: CheckpointStore, round_: int, ledger: Path
     ) -> None:
-        starts = await self._ledger.run(Ledger.starts)
-        stamp = self._stamp()
+        starts = await self.ledger.run(Ledger.starts)
+        stamp = self.stamp()
         keep = tuple(start.round for start in starts if start.place)
-        hold = HoldCheckpoint(stamp=stamp, job=self._replicas.job, index=index, keep=keep)
+        hold = HoldCheckpoint(stamp=stamp, job=self.replicas.job, index=index, keep=keep)
         files = {file.name: file for file in index.files}
-        self._replicas.asked[worker.peer] = worker
+        self.replicas.asked[worker.peer] = worker
         # what is missing once more after it was sent is not going to come
         for last in (False, True):
-            answer = await self._replicas.node.request(worker, hold, timeout_s=_HOLD_S)
+            answer = await self.replicas.node.request(worker, hold, timeout_s=_HOLD_S)
             if not isinstance(answer, CheckpointHeld) or not files.keys() >= set(answer.missing):
                 raise Refused("malformed", "its reply does not state which files it misses", worker.peer)
             if not answer.missing:
@@ -425,21 +405,12 @@ class Replicating:
                     blake3=files[name].blake3,
                     stamp=stamp,
                 )
-                await self._replicas.node.transfers.send(worker, path, meta)
+                await self.replicas.node.transfers.send(worker, path, meta)
 
 
-def _with_ledger(index: CheckpointIndex, ledger: CheckpointFile) -> CheckpointIndex:
-    """What a copy consists of."""
-    return msgspec.structs.replace(index, files=(*index.files, ledger))
+def _ledger_of(index: CheckpointIndex) -> CheckpointIndex:
+    return msgspec.structs.replace(index, files=tuple(one for one in index.files if one.name == LEDGER))
 
 
-def _without_ledger(index: CheckpointIndex) -> CheckpointIndex:
-    """What the checkpoint itself consists of."""
-    files = tuple(file for file in index.files if file.name != LEDGER)
-    return msgspec.structs.replace(index, files=files, signature="")
-
-
-def _only_ledger(index: CheckpointIndex) -> CheckpointIndex:
-    """The ledger of a copy."""
-    files = tuple(file for file in index.files if file.name == LEDGER)
-    return msgspec.structs.replace(index, files=files)
+def _fields(worker: PeerRef, index: CheckpointIndex) -> dict[str, object]:
+    return {"worker_peer_id": worker.peer, "job_id": index.job_id, "round": index.round}

@@ -22,10 +22,9 @@ from hypha.runtime import in_thread, new_id
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
 from hypha.scheduler.descriptions import Descriptions, outer_optimizer, without_secrets
-from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.ledger import Ledger, Opening, Standing, open_ledger
 from hypha.scheduler.durable.replicas import Replicas
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.rounds.policy import Start
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ class Generation:
     rounds_lost: bool = False
 
     def restore(self, scheduler: PeerRef) -> Reference | None:
-        """Where the parameter server finds the checkpoint."""
         if not self.place:
             return None
         if self.place == "scheduler":
@@ -168,13 +166,7 @@ def _opening(
     began: OuterOptimizer | None = None,
 ) -> Opening:
     train, aggregate = described(config, scheduler, job_id, began)
-    return Opening(
-        job_id=job_id,
-        train=train,
-        aggregate=aggregate,
-        manifest=dataset.manifest,
-        manifest_hash=dataset.manifest_hash,
-    )
+    return Opening(job_id, train, aggregate, dataset.manifest, dataset.manifest_hash)
 
 
 def described(
@@ -229,7 +221,6 @@ def _plain(value: object) -> object:
 
 
 def _differences(path: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
-    """Where two descriptions differ, and how."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
             yield from _differences(f"{path}.{key}", before.get(key), now.get(key))

@@ -1,4 +1,7 @@
-"""The training executors of a job, as the round machine knows them, and what each reports of its round."""
+"""The places of a job, who is leased for each, and what its training executors report of their rounds.
+
+Leases are followed as the allocator and the renewals note them, executors as the round machine does.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,31 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from hypha.messages import ExecutorError, ExecutorExited, RoundStarted
-from hypha.scheduler.goodput.leases import Leases, nanoseconds
-from hypha.scheduler.goodput.place import Effort
-from hypha.scheduler.goodput.recovery import hung_for_s
-from hypha.scheduler.goodput.report import FailureReason
+from hypha.journal import JournalEntry
+from hypha.messages import ExecutorClass, ExecutorError, ExecutorExited, JobStamp, RoundStarted
+from hypha.scheduler.goodput.place import Effort, GoodputPlace
+from hypha.scheduler.goodput.report import FailureReason, GoodputNews, Recoveries, hung_for_s, reason_of
+from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing.renewal import Lapsed, Renewed
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.state import OPEN
 
+NANOSECONDS = 1_000_000_000
 #: of whose rates the median is what an undisturbed job does
 CALM_ROUNDS = 50
 #: nobody has been busy in a round for longer
 _LONGEST_BUSY_S = 1e9
 
 
+def nanoseconds(seconds: float) -> int:
+    return round(seconds * NANOSECONDS)
+
+
 @dataclass
 class TrainingMember:
     """A training executor that the round machine knows, at that place, if there is one for it."""
 
-    place: int | None
+    place: GoodputPlace | None
     incarnation: str = ""
     loaded: bool = False
     absent: bool = False
@@ -37,17 +46,39 @@ class TrainingMember:
     accepted: bool = False
 
     def open_round(self) -> None:
-        """The next round is open."""
         self.batches = self.attempt = 0
         self.plan = None
         self.done = self.accepted = False
 
 
-class GoodputMembers(Leases):
-    """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that knows who trains."""
+class GoodputMembers:
+    """The part of :class:`hypha.scheduler.goodput.machine.Goodput` that knows who has a place and trains."""
 
     def __init__(self, places: int, began: float) -> None:
-        super().__init__(places, began)
+        self.began = self.now = nanoseconds(began)
+        #: the job gave everything back; time does not count any more
+        self.ended = False
+        self.places = [GoodputPlace(self.began) for _ in range(places)]
+        self.recoveries = Recoveries(self.began)
+        self._news: list[GoodputNews] = []
+        #: places about which something changed
+        self._touched: set[GoodputPlace] = set()
+        #: by lease: what was offered, where it is used, why it ended
+        self._offered: dict[str, tuple[ExecutorClass, str]] = {}
+        self._under: dict[str, GoodputPlace] = {}
+        #: leases for which there is no place yet, in the order in which they were gained
+        self._spare: dict[str, str] = {}
+        self._lapsed: dict[str, str] = {}
+        #: places that an earlier scheduler had leased
+        self._adopted: set[GoodputPlace] = set()
+        self._server_lease: str | None = None
+        self._server_sign = self.began
+        #: leases under which something failed, that was counted; and workers whose loss the round machine has
+        #: not noted yet
+        self._counted: set[str] = set()
+        self._counted_early: set[str] = set()
+        #: something was missing in the open round
+        self._disturbed = True
         self._generation: events.GenerationBegan | None = None
         self._over = False
         self._phase = "loading"
@@ -73,14 +104,101 @@ class GoodputMembers(Leases):
         self._calm: deque[float] = deque(maxlen=CALM_ROUNDS)
         self._mood: tuple[object, ...] = ()
 
+    def _take_renewal(self, entry: JournalEntry, lease: str, now: int) -> None:
+        if isinstance(entry.event, Renewed):
+            place = self._under.get(lease)
+            if place is not None:
+                place.alive = now
+            elif lease == self._server_lease:
+                self._server_sign = now
+        for action in entry.actions:
+            if isinstance(action, Lapsed):
+                self._lapsed[lease] = action.reason
+
+    def _take_allocation(self, entry: JournalEntry, now: int) -> None:
+        for action in entry.actions:
+            if isinstance(action, allocation.Accept):
+                self._offered[action.offer.lease_id] = (action.kind, action.offer.worker.peer)
+        match entry.event:
+            case allocation.Gained(lease_id=lease) if lease in self._offered:
+                self._gained(*self._offered.pop(lease), lease, now)
+            case allocation.Adopted(kind=kind, lease_id=lease, worker=peer):
+                place = self._gained(kind, peer, lease, now)
+                if place is not None:
+                    self._adopted.add(place)
+            case allocation.LeaseFailed(lease_id=lease):
+                self._lease_lost(lease, now)
+            case allocation.Want(kind="train", count=0):
+                # the job gives everything back
+                self.ended = True
+
+    def _gained(self, kind: ExecutorClass, peer: str, lease: str, now: int) -> GoodputPlace | None:
+        """The place that ``peer`` has now, for a worker; one where something was lost comes first."""
+        if kind == "aggregate":
+            self._server_lease, self._server_sign = lease, now
+            return None
+        vacant = [place for place in self.places if not place.peer]
+        if any(place.peer == peer for place in self.places):
+            return None
+        if not vacant:
+            # it is to take the place of a worker that leaves, which has that still
+            self._spare[lease] = peer
+            return None
+        place = min(vacant, key=lambda one: not one.failed)
+        place.occupy(peer, lease, now)
+        self._under[lease] = place
+        self._touched.add(place)
+        return place
+
     def _lease_lost(self, lease: str, now: int) -> None:
-        number = self._under.get(lease)
-        peer = "" if number is None else self.places[number].peer
-        super()._lease_lost(lease, now)
-        member = self._members.get(peer)
-        if member is not None and member.place == number:
+        self._offered.pop(lease, None)
+        self._spare.pop(lease, None)
+        why = self._lapsed.pop(lease, None)
+        if lease == self._server_lease:
+            self._server_lease = None
+        place = self._under.pop(lease, None)
+        if place is None:
+            return
+        peer, member = place.peer, self._members.get(place.peer)
+        if self._generation is not None and lease not in self._counted:
+            reason: FailureReason = "dropped" if why is None else reason_of(why)
+            self._fail(place, reason, place.last_sign, now)
+            self._counted_early.add(peer)
+        self._counted.discard(lease)
+        self._adopted.discard(place)
+        place.vacate(now)
+        self._touched.add(place)
+        if self._spare:
+            lease, peer = next(iter(self._spare.items()))
+            del self._spare[lease]
+            place.occupy(peer, lease, now)
+            self._under[lease] = place
+            self._spare_used(place, now)
+        if member is not None and member.place is place:
             # the round machine does not know it yet, and may receive the worker's report of a round meanwhile
             member.place = None
+
+    def _fail(self, place: GoodputPlace, reason: FailureReason, sign: int, now: int) -> None:
+        """What is at the place is lost; its last sign of life was at ``sign``."""
+        place.lose(sign, now)
+        self._over_at(place)
+        place.stalled = False
+        self._disturbed = True
+        self._news += self.recoveries.failed(place, place.peer, reason, sign, now)
+
+    def _over_at(self, place: GoodputPlace) -> None:
+        """Nobody trains at the place any more, and why has been counted."""
+        self._counted.add(place.lease)
+        place.trainer = place.finished = None
+
+    def _touch_all(self) -> None:
+        self._touched.update(self.places)
+
+    def _is_current(self, stamp: JobStamp) -> bool:
+        if self._generation is None:
+            return False
+        start = self._generation.start
+        return (stamp.job_id, stamp.generation) == (start.job_id, start.generation)
 
     def _served(self, served: bool, now: int) -> None:
         if served and self._unserved_since is not None:
@@ -93,79 +211,69 @@ class GoodputMembers(Leases):
         since = self._unserved_since
         return self._unserved + (0 if since is None else max(0, now - since))
 
-    def _place_of(self, peer: str) -> int | None:
-        return next((number for number, place in enumerate(self.places) if place.peer == peer), None)
-
     def _joined(self, peer: str) -> None:
-        number = self._place_of(peer)
-        self._members.setdefault(peer, TrainingMember(number))
+        place = next((one for one in self.places if one.peer == peer), None)
+        self._members.setdefault(peer, TrainingMember(place))
         self._counted_early.discard(peer)
-        if number is not None:
-            self._counted.discard(self.places[number].lease)
-            self._touched.add(number)
+        if place is not None:
+            self._counted.discard(place.lease)
+            self._touched.add(place)
+
+    def _leave(self, peer: str) -> TrainingMember | None:
+        member = self._members.pop(peer, None)
+        if member is not None:
+            if member.incarnation:
+                self._past.add(member.incarnation)
+            self._touch_all()
+        return member
 
     def _gone(self, peer: str, reason: FailureReason, sign: int | None, now: int) -> None:
         """It takes part no more; ``sign`` is its last sign of life, where that is known better than here."""
-        member = self._members.pop(peer, None)
+        member = self._leave(peer)
         if member is None:
             return
-        if member.incarnation:
-            self._past.add(member.incarnation)
-        self._touched.update(range(len(self.places)))
-        number = member.place
+        place = member.place
         early = peer in self._counted_early
         self._counted_early.discard(peer)
-        if early or number is None or self.places[number].peer != peer:
-            return
-        place = self.places[number]
-        self.fail(number, reason, max(place.heard, place.alive) if sign is None else sign, now)
+        if not early and place is not None and place.peer == peer:
+            self._fail(place, reason, place.last_sign if sign is None else sign, now)
 
     def _left(self, peer: str, now: int) -> None:
         """It was let go, as its worker ends: that is no failure."""
-        member = self._members.pop(peer, None)
-        if member is None:
-            return
-        if member.incarnation:
-            self._past.add(member.incarnation)
-        self._touched.update(range(len(self.places)))
-        number = member.place
-        if number is not None and self.places[number].peer == peer:
-            place = self.places[number]
-            self._counted.add(place.lease)
-            self._trainer.pop(number, None)
-            self._finished.pop(number, None)
+        member = self._leave(peer)
+        place = None if member is None else member.place
+        if place is not None and place.peer == peer:
+            self._over_at(place)
             if place.effort is not None:
                 place.turn("waiting-for-theta", now)
 
-    def _spare_used(self, number: int, now: int) -> None:
+    def _spare_used(self, place: GoodputPlace, now: int) -> None:
         """Who was leased before its place was free has that now, and may train there already."""
-        peer = self.places[number].peer
-        member = self._members.get(peer)
+        peer, member = place.peer, self._members.get(place.peer)
         if member is None:
             return
-        member.place = number
+        member.place = place
         if member.started == self._round and not member.done and self._phase in (*OPEN, "closing"):
-            self._trainer[number] = member.incarnation
+            place.trainer = member.incarnation
             effort = Effort(peer, member.started, member.attempt, member.incarnation, self._unserved_by(now))
-            self._back(number, now)
-            self.places[number].train(effort, now)
+            self._back(place, now)
+            place.train(effort, now)
 
     def _heard(self, member: TrainingMember, incarnation: str, now: int) -> None:
         """Its executor runs. Where another one trained last, that one is over, and nobody has reported it."""
-        if member.place is None:
+        place = member.place
+        if place is None:
             return
-        place = self.places[member.place]
-        before = self._trainer.get(member.place)
-        if before is not None and before != incarnation:
-            self.fail(member.place, "executor", place.heard, now)
+        if place.trainer is not None and place.trainer != incarnation:
+            self._fail(place, "executor", place.heard, now)
             self._counted.discard(place.lease)
         place.heard = max(place.heard, now)
-        self._touched.add(member.place)
+        self._touched.add(place)
 
     def _executor_failed(
         self, peer: str, member: TrainingMember, event: ExecutorError | ExecutorExited, now: int
     ) -> None:
-        place = self.places[member.place] if member.place is not None else None
+        place = member.place
         text = event.tail if isinstance(event, ExecutorExited) else event.message
         silent_s = hung_for_s(text)
         if silent_s is not None:
@@ -182,53 +290,46 @@ class GoodputMembers(Leases):
         again = member.started == event.round and event.attempt == member.attempt
         if again and (member.done or member.batches):
             return
-        number = member.place
+        place = member.place
         member.started, member.attempt = event.round, event.attempt
         member.batches, member.done = 0, False
-        if number is None:
+        if place is None:
             return
-        place, now = self.places[number], (peer, event.round, event.attempt)
-        self._trainer[number] = member.incarnation
-        effort = place.effort
-        if self._finished.get(number) == now:
+        now, effort = (peer, event.round, event.attempt), place.effort
+        place.trainer = member.incarnation
+        if place.finished == now:
             # reported again after another generation of the job began
             member.done = True
-            self._back(number, at)
+            self._back(place, at)
         elif effort is None or (effort.peer, effort.round, effort.attempt) != now:
             if event.attempt:
                 place.discard(event.round, at, before_attempt=event.attempt)
-            self._back(number, at)
+            self._back(place, at)
             place.train(Effort(*now, member.incarnation, self._unserved_by(at)), at)
-        self._touched.add(number)
+        self._touched.add(place)
 
-    def _back(self, number: int, at: int) -> None:
+    def _back(self, place: GoodputPlace, at: int) -> None:
         """What failed there, or the job's generation that it waited for, goes on."""
-        place = self.places[number]
         if place.failed:
             place.failed = False
-            self._news += self.recoveries.replaced(number, at)
-        self._stalled.discard(number)
+            self._news += self.recoveries.replaced(place, at)
+        place.stalled = False
 
     def _reported(self, event: events.Reported, now: int) -> None:
-        generation, report, member = self._generation, event.progress, self._members.get(event.sender)
-        if generation is None or member is None or event.incarnation != member.incarnation:
+        report, member = event.progress, self._members.get(event.sender)
+        if member is None or event.incarnation != member.incarnation or not self._is_current(event.stamp):
             return
-        if (event.stamp.job_id, event.stamp.generation) != (
-            generation.start.job_id,
-            generation.start.generation,
-        ):
-            return
-        number = member.place
-        if number is not None:
-            self.places[number].heard = now
+        place = member.place
+        if place is not None:
+            place.heard = now
         fits = (report.round, report.attempt) == (self._round, member.attempt)
         open_ = fits and member.started == self._round and not member.done
         if not open_ or report.batches <= member.batches or not math.isfinite(report.busy_s):
             return
         member.batches = report.batches
-        if number is not None:
+        if place is not None:
             busy = nanoseconds(max(0.0, min(report.busy_s, _LONGEST_BUSY_S)))
-            self.places[number].report(busy, now, self._unserved_by(now))
+            place.report(busy, now, self._unserved_by(now))
         if member.plan is not None and member.batches >= member.plan:
             self._done(event.sender, member, now)
 
@@ -243,8 +344,8 @@ class GoodputMembers(Leases):
     def _done(self, peer: str, member: TrainingMember, now: int) -> None:
         """All its batches of the open round are done."""
         member.done = True
-        number = member.place
-        if number is not None and self.places[number].effort is not None:
-            self.places[number].turn("waiting-for-theta", now)
-            self._finished[number] = (peer, self._round, member.attempt)
-            self._touched.add(number)
+        place = member.place
+        if place is not None and place.effort is not None:
+            place.turn("waiting-for-theta", now)
+            place.finished = (peer, self._round, member.attempt)
+            self._touched.add(place)

@@ -50,7 +50,7 @@ class Effort:
     unserved: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class GoodputPlace:
     """Since ``began`` somebody is wanted here; ``peer`` is who is leased for it."""
 
@@ -59,6 +59,11 @@ class GoodputPlace:
     lease: str = ""
     #: something was lost here, and nobody trains in its place yet
     failed: bool = False
+    #: it waits for nothing but a parameter server, or for the scheduler to receive its worker
+    stalled: bool = False
+    #: the executor that trained here last; for which worker, round and attempt its batches are done
+    trainer: str | None = None
+    finished: tuple[str, int, int] | None = None
     what: str = "allocating"
     since: int = 0
     #: the last sign of life: of the executor, and of the worker at least
@@ -77,13 +82,15 @@ class GoodputPlace:
     def __post_init__(self) -> None:
         self.since = self.heard = self.alive = self.began
 
+    @property
+    def last_sign(self) -> int:
+        return max(self.heard, self.alive)
+
     def occupy(self, peer: str, lease: str, now: int) -> None:
-        """``peer`` is leased for it."""
         self.peer, self.lease, self.leased_since = peer, lease, now
         self.heard = self.alive = now
 
     def vacate(self, now: int) -> None:
-        """Nobody is here any more."""
         if self.leased_since is not None:
             self.leased += now - self.leased_since
         self.peer = self.lease = ""
@@ -103,7 +110,6 @@ class GoodputPlace:
         self.what = what
 
     def train(self, effort: Effort, at: int) -> None:
-        """From ``at`` on it trains."""
         self._close(at)
         self.what, self.effort = TRAINING, effort
         self.failed = False
@@ -233,8 +239,7 @@ class GoodputPlace:
         """Add nanoseconds by what they went to, as far as is known now; ``training`` is what is pending,
         ``goodput`` what was applied.
         """
-        for reason, length in self.badput.items():
-            total[reason] += length
+        total.update(self.badput)
         total["goodput"] += self.good
         for one in (*self.pending, *self.under_way(now)):
             total[one.what] += one.end - one.start

@@ -1,12 +1,24 @@
-"""What a job's time went to, as plain values: the report that people and monitoring see."""
+"""What a job's time went to, as plain values, and how it got over failures: how long each took to be noticed,
+to be replaced and to be caught up with.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import deque
+from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 
 from hypha.messages import ExecutorClass
+from hypha.scheduler.goodput.place import GoodputPlace
+
+#: failures in a report, the newest
+_TOLD = 100
+#: as :mod:`hypha.worker.jobs.watch` words it
+_HUNG = re.compile(r"it hung: no sign of life for (\d{1,9}) s")
 
 FailureReason = Literal["lease", "unreachable", "executor", "hang", "refused", "dropped", "other"]
 
@@ -76,3 +88,75 @@ class RecoveryStep(Struct, frozen=True, tag=True):
 
 
 GoodputNews = FailureNoticed | RecoveryStep
+
+
+def reason_of(text: str) -> FailureReason:
+    """In one word, from the text of a lease's renewal or an executor's end."""
+    if "nobody is there any more" in text:
+        return "unreachable"
+    if _HUNG.search(text):
+        return "hang"
+    if text.startswith(("expired", "refused (")):
+        return "lease"
+    return "other"
+
+
+def hung_for_s(text: str) -> float | None:
+    """How long an executor had given no sign of life when its worker killed it; None of one that did not
+    hang.
+    """
+    found = _HUNG.search(text)
+    return float(found[1]) if found else None
+
+
+@dataclass
+class _Failure:
+    """Noticed ``at``; ``place`` is None for a parameter server."""
+
+    place: GoodputPlace | None
+    at: int
+    told: Recovery
+
+
+class Recoveries:
+    """Times are nanoseconds since the same moment as ``began``."""
+
+    def __init__(self, began: int) -> None:
+        self._began = began
+        self._failures: deque[_Failure] = deque(maxlen=_TOLD)
+
+    @property
+    def told(self) -> tuple[Recovery, ...]:
+        """The newest failures, the oldest first."""
+        return tuple(one.told for one in self._failures)
+
+    def failed(
+        self, place: GoodputPlace | None, peer: str, reason: FailureReason, sign: int, now: int
+    ) -> list[GoodputNews]:
+        """What was at ``place`` gave its last sign of life at ``sign``, and that it is lost was noticed."""
+        kind: ExecutorClass = "aggregate" if place is None else "train"
+        detect_s = (now - sign) / 1e9
+        recovery = Recovery(kind, peer, reason, (now - self._began) / 1e9, detect_s)
+        self._failures.append(_Failure(place, now, recovery))
+        return [FailureNoticed(kind, reason), RecoveryStep("detect", detect_s)]
+
+    def replaced(self, place: GoodputPlace | None, now: int) -> list[GoodputNews]:
+        """Somebody trains at ``place`` again."""
+        found: list[GoodputNews] = []
+        for one in self._failures:
+            if one.place == place and one.told.replace_s is None:
+                seconds = (now - one.at) / 1e9
+                one.told = msgspec.structs.replace(one.told, replace_s=seconds)
+                found.append(RecoveryStep("replace", seconds))
+        return found
+
+    def applied(self, contributing: set[GoodputPlace | None], now: int) -> list[GoodputNews]:
+        """A round was applied with the updates of these places; None stands for the parameter server."""
+        found: list[GoodputNews] = []
+        for one in self._failures:
+            known = one.told
+            if one.place in contributing and known.replace_s is not None and known.catch_up_s is None:
+                seconds = (now - one.at) / 1e9
+                one.told = msgspec.structs.replace(known, catch_up_s=seconds)
+                found.append(RecoveryStep("catch-up", seconds))
+        return found

@@ -18,18 +18,7 @@ from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
-from hypha.telemetry.instruments import (
-    BADPUT_SECONDS,
-    FAILURES,
-    GOODPUT,
-    GOODPUT_SECONDS,
-    LOSS,
-    RECOVERY_DURATION,
-    ROUND_BYTES,
-    UPDATE_COSINE,
-    UPDATE_NORM,
-    WORKER_LOSS,
-)
+from hypha.telemetry import instruments as metrics
 
 logger = logging.getLogger("hypha.scheduler")
 
@@ -59,7 +48,6 @@ class GoodputSignals:
         self._goodput.resume({entry.round: entry.samples for entry in rounds})
 
     def listen(self, entry: JournalEntry) -> None:
-        """Called with each entry of the journal."""
         if self._broken:
             return
         try:
@@ -69,9 +57,9 @@ class GoodputSignals:
             for one in news:
                 match one:
                     case FailureNoticed(kind=kind, reason=reason):
-                        FAILURES.add(kind=kind, reason=reason)
+                        metrics.FAILURES.add(kind=kind, reason=reason)
                     case RecoveryStep(phase=phase, seconds=seconds):
-                        RECOVERY_DURATION.record(seconds, phase=phase)
+                        metrics.RECOVERY_DURATION.record(seconds, phase=phase)
             if entry.machine == ROUNDS:
                 self._show(entry)
         except Exception as exc:
@@ -85,7 +73,7 @@ class GoodputSignals:
             return None
         try:
             report = self._goodput.report(now)
-            GOODPUT.set(report.samples_per_s)
+            metrics.GOODPUT.set(report.samples_per_s)
             if now >= self._counted_at + _COUNT_S or self._goodput.ended:
                 self._count(now)
         except Exception as exc:  # noqa: BLE001 - the edge of a service: figures of a job must not end it
@@ -96,10 +84,10 @@ class GoodputSignals:
     def _count(self, now: float) -> None:
         self._counted_at = now
         good_s, bad_s = self._goodput.certain(now)
-        GOODPUT_SECONDS.add(max(0.0, good_s - self._good_s))
+        metrics.GOODPUT_SECONDS.add(max(0.0, good_s - self._good_s))
         self._good_s = max(good_s, self._good_s)
         for reason, seconds in bad_s.items():
-            BADPUT_SECONDS.add(max(0.0, seconds - self._bad_s.get(reason, 0.0)), reason=reason)
+            metrics.BADPUT_SECONDS.add(max(0.0, seconds - self._bad_s.get(reason, 0.0)), reason=reason)
         self._bad_s = bad_s
 
     def close(self) -> None:
@@ -107,10 +95,10 @@ class GoodputSignals:
         if self.listen in self._journal.listeners:
             self._journal.leave(self.listen)
         self._forget(self._shown)
-        GOODPUT.forget()
-        LOSS.forget()
+        metrics.GOODPUT.forget()
+        metrics.LOSS.forget()
         for kind in ("update", "theta"):
-            ROUND_BYTES.forget(kind=kind)
+            metrics.ROUND_BYTES.forget(kind=kind)
 
     def _give_up(self, exc: Exception) -> None:
         self._broken = True
@@ -125,30 +113,28 @@ class GoodputSignals:
                     self._sent_thetas += 1
                 case events.Record(entry=record):
                     self._applied(record, entry)
-                case _:
-                    pass
 
     def _applied(self, record: LedgerRound, entry: JournalEntry) -> None:
-        LOSS.set(record.loss)
+        metrics.LOSS.set(record.loss)
         present = {part.worker for part in record.contributors}
         self._forget(self._shown - present)
         self._shown = present
         for part in record.contributors:
-            WORKER_LOSS.set(part.loss, worker=part.worker)
+            metrics.WORKER_LOSS.set(part.loss, worker=part.worker)
         for one in record.updates:
             if one.worker in present:
-                UPDATE_NORM.set(one.norm, worker=one.worker)
+                metrics.UPDATE_NORM.set(one.norm, worker=one.worker)
                 if one.cosine is not None:
-                    UPDATE_COSINE.set(one.cosine, worker=one.worker)
+                    metrics.UPDATE_COSINE.set(one.cosine, worker=one.worker)
                 else:
-                    UPDATE_COSINE.forget(worker=one.worker)
-        ROUND_BYTES.set(sum(one.size_bytes for one in record.updates), kind="update")
+                    metrics.UPDATE_COSINE.forget(worker=one.worker)
+        metrics.ROUND_BYTES.set(sum(one.size_bytes for one in record.updates), kind="update")
         # theta of the round went to those who got it on request, and that of the next goes to all members
         members = int(str(entry.state["members"])) if not isinstance(entry.state, str) else 0
-        ROUND_BYTES.set((members + self._sent_thetas) * self._theta_bytes, kind="theta")
+        metrics.ROUND_BYTES.set((members + self._sent_thetas) * self._theta_bytes, kind="theta")
         self._sent_thetas = 0
 
     def _forget(self, workers: set[str]) -> None:
         for peer in workers:
-            for gauge in (WORKER_LOSS, UPDATE_NORM, UPDATE_COSINE):
+            for gauge in (metrics.WORKER_LOSS, metrics.UPDATE_NORM, metrics.UPDATE_COSINE):
                 gauge.forget(worker=peer)

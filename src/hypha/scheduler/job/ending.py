@@ -16,8 +16,7 @@ from hypha.messages import JobStamp, PeerRef, SaveCheckpoint, Steer
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.export import Published, absolute_place, local_directory
-from hypha.scheduler.durable.ledger import Ledger, open_ledger
-from hypha.scheduler.durable.ledger_files import export_ledger
+from hypha.scheduler.durable.ledger import Ledger, export_ledger, open_ledger
 from hypha.scheduler.durable.starts import described, different
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.job.states import JobContext, JobResult

@@ -14,10 +14,10 @@ from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated
 from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
-from hypha.scheduler.durable.checkpoints import CheckpointStore
+from hypha.scheduler.durable.database import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.ledger_files import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.starts import begins_anew, first_generation
+from hypha.scheduler.durable.state_directory import CheckpointStore
 from hypha.scheduler.job.states import JobContext, Opened
 from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.leasing.pool import Pool

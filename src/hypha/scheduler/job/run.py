@@ -41,11 +41,10 @@ from hypha.scheduler.job.states import (
 from hypha.scheduler.job.working import WorkingJob
 from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.status.recording import recording
-from hypha.scheduler.status.sentences import Awaiting, awaited, sentence
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.scheduler.status.versions import ServiceVersions
-from hypha.scheduler.status.view import snapshot_of
+from hypha.scheduler.status.view import Awaiting, awaited, sentence, snapshot_of
 from hypha.telemetry.logs import logged
 from hypha.telemetry.resources import watch_disks
 

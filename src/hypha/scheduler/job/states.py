@@ -21,20 +21,18 @@ from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.export import Output, output_for
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.starts import Generation, described
-from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.handlers import ServedDirectory, served_directories
 from hypha.scheduler.leasing.events import LeaseGained, SearchTimes
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules
-from hypha.scheduler.status.progress import Progressed
 from hypha.scheduler.status.round_traces import RoundTraces
-from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot, Progressed
 
 Observer = Callable[[JobSnapshot], None]
 

@@ -36,7 +36,7 @@ from hypha.scheduler.leasing.events import (
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import CarriedOver
-from hypha.scheduler.status.sentences import sentence
+from hypha.scheduler.status.view import sentence
 
 logger = logging.getLogger(__name__)
 

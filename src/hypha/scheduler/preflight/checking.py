@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -24,10 +25,8 @@ from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.starts import described
-from hypha.scheduler.preflight.finding import JOB, PreflightFinding, printable
 from hypha.scheduler.preflight.findings import findings
-from hypha.scheduler.preflight.hub import HUB_S, HubFinding, ask_hub
-from hypha.scheduler.preflight.known import ModelDescription, describe_model
+from hypha.scheduler.preflight.known import JOB, ModelDescription, PreflightFinding, describe_model, printable
 from hypha.scheduler.preflight.trial import ModelTrial
 
 logger = logging.getLogger(__name__)
@@ -36,6 +35,8 @@ logger = logging.getLogger(__name__)
 RunTrial = Callable[[Trial], Awaitable[TrialReport]]
 #: a job's start may be delayed so long by the trial of a batch
 START_S = 10.0
+#: one request to the hub may take this long
+_HUB_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | No
         found = await in_thread(files.unreadable)
         if run_trial is not None:
             found += await files.ask_hub()
-        model, preprocessor = await in_thread(files.described), await in_thread(files.preprocessor)
+        model, preprocessor = await in_thread(files.described), await in_thread(files.preprocessor_config)
         found += findings(job, manifest, model, preprocessor)
         found.sort(key=lambda one: not one.error)
         if run_trial is None or any(one.error for one in found):
@@ -88,11 +89,10 @@ async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | No
 
 def _trial(job: JobConfig, manifest: Manifest, files: _Files) -> Trial:
     train, _ = described(job, PeerRef(peer=""), "")
-    preprocessor = None if job.preprocessor is None else job.preprocessor.path
     return Trial(
         job=train,
         model=None if files.model is None else str(files.model),
-        preprocessor=None if preprocessor is None else str(preprocessor),
+        preprocessor=None if files.preprocessor is None else str(files.preprocessor),
         # of a repository only its config.json is here
         weights=job.model.repository is None,
         columns=manifest.columns,
@@ -121,11 +121,12 @@ class _Files:
         self._job = job
         self._scratch = scratch
         self.model = job.model.path
+        self.preprocessor = None if job.preprocessor is None else job.preprocessor.path
 
     def unreadable(self) -> list[PreflightFinding]:
         """Files that the scheduler is to serve and may not read."""
         found = []
-        for name, path in (("model", self._job.model.path), ("preprocessor", self._preprocessor_path())):
+        for name, path in (("model", self._job.model.path), ("preprocessor", self.preprocessor)):
             if path is None:
                 continue
             refused = [file for file in sorted(path.rglob("*")) if not os.access(file, os.R_OK)]
@@ -142,8 +143,10 @@ class _Files:
             if given is None or given.repository is None:
                 continue
             directory = self._scratch if name == "model" else None
-            answer = HubFinding(f"the hub did not answer within {2 * HUB_S:g} s; workers fetch it themselves")
-            with trio.move_on_after(2 * HUB_S):
+            answer = HubFinding(
+                f"the hub did not answer within {2 * _HUB_S:g} s; workers fetch it themselves"
+            )
+            with trio.move_on_after(2 * _HUB_S):
                 answer = await in_thread(ask_hub, _reference(given), directory, abandon_on_cancel=True)
             if answer.problem:
                 key = f"{JOB}.{name}.repository"
@@ -159,13 +162,9 @@ class _Files:
         described = _json_in(self.model / "config.json")
         return None if described is None else describe_model(described, self._job.model.arguments)
 
-    def preprocessor(self) -> Mapping[str, object] | None:
-        """What preprocessor_config.json states."""
-        path = self._preprocessor_path()
+    def preprocessor_config(self) -> Mapping[str, object] | None:
+        path = self.preprocessor
         return None if path is None else _json_in(path / "preprocessor_config.json")
-
-    def _preprocessor_path(self) -> Path | None:
-        return None if self._job.preprocessor is None else self._job.preprocessor.path
 
 
 def _reference(given: ModelConfig | PreprocessorConfig) -> HuggingFace:
@@ -183,3 +182,67 @@ def _json_in(path: Path) -> dict[str, object] | None:
     except (OSError, Undecodable):
         return None
     return content if isinstance(content, dict) else None
+
+
+@dataclass(frozen=True)
+class HubFinding:
+    """``refused``: the hub refuses, so workers would fail; else it could not be reached. ``fetched``: its
+    config.json is in the directory that was given.
+    """
+
+    problem: str = ""
+    refused: bool = False
+    fetched: bool = False
+
+
+def ask_hub(reference: HuggingFace, directory: Path | None, endpoint: str | None = None) -> HubFinding:
+    """Look for the repository and its files; its config.json, if it has one, comes to ``directory``. Blocks.
+    ``endpoint``: default as huggingface_hub has it (``HF_ENDPOINT``). Workers fetch the files themselves, so
+    a hub that cannot be reached from here proves nothing. That it refuses the repository does.
+    """
+    # imported here: it takes half a second, and most jobs never need it
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+    from huggingface_hub.utils._http import get_session
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    name = f"{reference.repository}@{reference.revision}"
+    # a token of whoever runs the scheduler is not the job's: workers do not have it
+    api = HfApi(endpoint=endpoint, token=reference.token or False)
+    client = sys.modules[type(get_session()).__module__.partition(".")[0]]
+    http_error: type[Exception] = getattr(client, "HTTPError", OSError)
+    try:
+        info = api.model_info(reference.repository, revision=reference.revision, timeout=_HUB_S)
+        files = {sibling.rfilename for sibling in info.siblings or ()}
+        if missing := [file for file in reference.filenames if file not in files]:
+            return HubFinding(f"{name} has no file {', '.join(missing)}; correct filenames", refused=True)
+        if directory is None or "config.json" not in files:
+            return HubFinding()
+        api.hf_hub_download(
+            reference.repository,
+            "config.json",
+            revision=info.sha or reference.revision,
+            local_dir=directory,
+            etag_timeout=_HUB_S,
+        )
+        return HubFinding(fetched=True)
+    except hub.GatedRepoError:
+        return HubFinding(f"{name} needs a token that was granted access; set token", refused=True)
+    except hub.RevisionNotFoundError:
+        return HubFinding(f"the hub has no revision {name}; correct revision", refused=True)
+    except hub.RepositoryNotFoundError:
+        return HubFinding(
+            f"{name} is not on the hub, or private; correct repository, or set a token that may read it",
+            refused=True,
+        )
+    except hub.HFValidationError as exc:
+        return HubFinding(f"{name} is no name of a repository: {_first_line(exc)}", refused=True)
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, http_error, OSError) as exc:
+        return HubFinding(
+            f"the hub cannot be asked for {name} from here ({_first_line(exc)}); workers fetch it themselves"
+        )
+
+
+def _first_line(exc: BaseException) -> str:
+    return next((line for line in str(exc).splitlines() if line.strip()), type(exc).__name__)

@@ -14,8 +14,7 @@ from hypha.config.job import JobConfig
 from hypha.config.tasks import ALIASES, IGNORED, ONE_LABEL_A_ROW
 from hypha.messages import Column, ColumnRange, Manifest
 from hypha.scheduler.descriptions import inputs_of
-from hypha.scheduler.preflight.finding import JOB, PreflightFinding, described, number
-from hypha.scheduler.preflight.known import ModelDescription
+from hypha.scheduler.preflight.known import JOB, ModelDescription, PreflightFinding, described, number
 
 _ARGUMENTS = f"{JOB}.model.arguments"
 _INPUTS = f"{JOB}.model.input_names"
@@ -106,18 +105,19 @@ class _Comparison:
         names = [self._given.get(argument, "") for argument in arguments] if self._given else arguments
         return next((self._columns[name] for name in names if name in self._columns), None)
 
-    # --- names -----------------------------------------------------------------------------------
-
     def _names(self) -> Iterator[PreflightFinding]:
         if self._job.preprocessor is not None:
             return
         for argument, name in self._given.items():
             if name not in self._columns:
-                yield PreflightFinding(
-                    _INPUTS,
-                    f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
-                    f"{described(self._all)}",
-                )
+                yield self._absent(_INPUTS, argument, name)
+
+    def _absent(self, key: str, argument: str, name: str) -> PreflightFinding:
+        return PreflightFinding(
+            key,
+            f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
+            f"{described(self._all)}",
+        )
 
     def _main_input(self) -> Iterator[PreflightFinding]:
         """Of the tasks whose models all begin with the same argument."""
@@ -150,8 +150,6 @@ class _Comparison:
                 _INPUTS, f"{text}; set it, or prepare the dataset with --rename COLUMN={wanted[0]}"
             )
 
-    # --- the preprocessor ------------------------------------------------------------------------
-
     def _preprocessor(self) -> Iterator[PreflightFinding]:
         given = self._job.preprocessor
         if given is None:
@@ -165,11 +163,7 @@ class _Comparison:
         for argument, name in self._consumes.items():
             column = self._all.get(name)
             if column is None:
-                yield PreflightFinding(
-                    f"{_PREPROCESSOR}.input_names",
-                    f"{argument} is to be the column {name}, but the dataset has none of that name; it has "
-                    f"{described(self._all)}",
-                )
+                yield self._absent(f"{_PREPROCESSOR}.input_names", argument, name)
             elif argument.startswith("text") and (column.dtype != "U8" or len(column.shape) != 1):
                 yield PreflightFinding(
                     _PREPROCESSOR,
@@ -197,8 +191,6 @@ class _Comparison:
                 "do_rescale to false in its preprocessor_config.json",
                 error=False,
             )
-
-    # --- labels ----------------------------------------------------------------------------------
 
     def _labels(self) -> Iterator[PreflightFinding]:
         given = self._job.model
@@ -235,8 +227,7 @@ class _Comparison:
         return PreflightFinding(
             _DATASET,
             "it has no column labels or label, without which there is no loss; it has "
-            f"{described(self._all)}; "
-            "prepare it with --rename COLUMN=labels, or set model.input_names",
+            f"{described(self._all)}; prepare it with --rename COLUMN=labels, or set model.input_names",
         )
 
     def _of_a_row(self, labels: Column, found: ColumnRange | None) -> Iterator[PreflightFinding]:
@@ -268,11 +259,9 @@ class _Comparison:
         if low < 0 or found.high > 1:
             yield PreflightFinding(
                 f"{JOB}.model.loss",
-                f"the column {labels.name} runs from {number(low)} to {number(found.high)}, but {what} takes "
-                "0 "
-                "to 1; for classes by number set model.loss to cross-entropy, or model.arguments "
-                "problem_type "
-                "to single_label_classification",
+                f"the column {labels.name} runs from {number(low)} to {number(found.high)}, but {what} "
+                "takes 0 to 1; for classes by number set model.loss to cross-entropy, or model.arguments "
+                "problem_type to single_label_classification",
             )
 
     def _whole(self, labels: Column, found: ColumnRange | None, told: str) -> Iterator[PreflightFinding]:
@@ -281,9 +270,8 @@ class _Comparison:
             yield PreflightFinding(
                 f"{JOB}.model.loss",
                 f"the column {labels.name} ({labels.dtype}, {number(found.low)} to {number(found.high)}) "
-                "does "
-                f"not hold whole numbers, but {told}; for regression set model.arguments num_labels = 1, or "
-                "model.loss to mse",
+                f"does not hold whole numbers, but {told}; for regression set model.arguments num_labels = "
+                "1, or model.loss to mse",
             )
 
     def _classes(self, labels: Column, found: ColumnRange) -> Iterator[PreflightFinding]:
@@ -293,8 +281,7 @@ class _Comparison:
         low, high = found.low, found.high
         text = (
             f"the column {labels.name} runs from {number(low)} to {number(high)}, but the model has "
-            f"{classes} "
-            f"classes, 0 to {classes - 1}"
+            f"{classes} classes, 0 to {classes - 1}"
         )
         if low >= 0 and high < classes:
             if high + 1 < classes:
@@ -315,8 +302,6 @@ class _Comparison:
                 _ARGUMENTS, f"{text}; set num_labels to the number of classes, {number(high + 1)} at least"
             )
 
-    # --- texts -----------------------------------------------------------------------------------
-
     def _tokens(self) -> Iterator[PreflightFinding]:
         names = self._given or {name: name for name in self._columns}
         for argument, name in names.items():
@@ -333,8 +318,7 @@ class _Comparison:
             yield PreflightFinding(
                 _DATASET,
                 f"the column {column.name} is {column.dtype}, but ids of tokens are whole numbers; prepare "
-                "it "
-                f"with --dtype {quote(column.name)}=I64",
+                f"it with --dtype {quote(column.name)}=I64",
             )
             return
         found, rows = self._ranges.get(column.name), self._model.vocab_size
@@ -345,10 +329,8 @@ class _Comparison:
             yield PreflightFinding(
                 _DATASET,
                 f"the column {column.name} holds ids of tokens from {number(low)} to {number(found.high)}, "
-                "but "
-                f"the model's vocabulary has {rows}; prepare it with the model's own tokenizer, or, of a "
-                "model "
-                f"from scratch, set model.arguments vocab_size = {number(found.high + 1)}",
+                f"but the model's vocabulary has {rows}; prepare it with the model's own tokenizer, or, of "
+                f"a model from scratch, set model.arguments vocab_size = {number(found.high + 1)}",
             )
 
     def _positions(self) -> Iterator[PreflightFinding]:
@@ -364,8 +346,6 @@ class _Comparison:
             refutable=not certain,
         )
 
-    # --- images ----------------------------------------------------------------------------------
-
     def _images(self) -> Iterator[PreflightFinding]:
         pixels = self._column("pixel_values")
         if pixels is None or self._task not in _IMAGES:
@@ -374,8 +354,7 @@ class _Comparison:
             yield PreflightFinding(
                 _DATASET,
                 f"the column {described({pixels.name: pixels})} holds no images of channels, height and "
-                "width; "
-                f"prepare it with --shape {quote(pixels.name)}=CHANNELS,HEIGHT,WIDTH",
+                f"width; prepare it with --shape {quote(pixels.name)}=CHANNELS,HEIGHT,WIDTH",
             )
             return
         channels, height, width = pixels.shape
@@ -385,17 +364,15 @@ class _Comparison:
             yield PreflightFinding(
                 _DATASET,
                 f"its images ({pixels.name} {list(pixels.shape)}) have {channels} channels{last}, but the "
-                "model "
-                f"takes {wanted}; prepare them with --image-channels {wanted}, or, of a model from scratch, "
-                f"set model.arguments num_channels = {channels}",
+                f"model takes {wanted}; prepare them with --image-channels {wanted}, or, of a model from "
+                f"scratch, set model.arguments num_channels = {channels}",
             )
         elif size is not None and size != (height, width):
             certain = self._model.kind in _ONE_SIZE
             yield PreflightFinding(
                 _DATASET,
                 f"its images are {height}x{width}, but the model takes {size[0]}x{size[1]}; prepare them "
-                "with "
-                f"--image-size {size[0]}x{size[1]}, or, of a model from scratch, set model.arguments "
+                f"with --image-size {size[0]}x{size[1]}, or, of a model from scratch, set model.arguments "
                 "image_size",
                 error=certain,
                 refutable=not certain,

@@ -39,10 +39,9 @@ _ENVIRONMENT = {
 
 
 class ModelTrial:
-    """One child process at a time; made by :func:`open_trial`."""
+    """Of a job whose ``model.type`` is ``task``; one child process at a time. Made by :func:`open_trial`."""
 
     def __init__(self, task: str) -> None:
-        """``task``: the job's ``model.type``."""
         self._task = task
         self._child: trio.Process | None = None
 

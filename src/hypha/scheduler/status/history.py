@@ -1,65 +1,44 @@
-"""What every round of a job was spent on: a listener of the journal, for people who come late.
+"""What every round of a job was spent on: a listener of the journal, for people who come late; and its file.
 
 :class:`History` is called with every entry that the round machine notes, and keeps one :class:`RoundRecord` a
 round: when each worker trained, sent its update and waited, what the parameter server did, and what went
-wrong. The newest rounds keep their spans in memory, older ones their numbers, and the oldest are dropped.
-:mod:`hypha.scheduler.status.history_file` makes it durable. It decides nothing, and what goes wrong in it is
-logged.
+wrong. The newest rounds keep their spans in memory, older ones their numbers, and the oldest are dropped. It
+decides nothing, and what goes wrong in it is logged.
+
+On disk it is ``history.jsonl`` in the job's state directory, one record a line. Lines are whole or ignored,
+the file is bounded, and a disk that is full costs the history and never the job. What the ledger has of a
+round takes precedence over what is here, and rounds that only the ledger knows are there, too, without spans.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import msgspec
+import trio
 
+from hypha.decoding import decode_json
+from hypha.errors import HyphaError, Undecodable
 from hypha.journal import JournalEntry
-from hypha.messages import (
-    CloseRound,
-    ExecutorClass,
-    ExecutorError,
-    ExecutorExited,
-    LedgerRound,
-    Loaded,
-    ModelReady,
-    Plan,
-    RoundStarted,
-    UpdateReceived,
-    UpdateRefused,
-)
+from hypha.messages import LedgerFile
 from hypha.node import Changes
-from hypha.runtime import wall_time
-from hypha.scheduler.rounds.events import (
-    Again,
-    DataServed,
-    Drop,
-    Fail,
-    GenerationBegan,
-    JobRefused,
-    Joined,
-    LetGo,
-    ParticipantLost,
-    Reachable,
-    Record,
-    Reported,
-    Restart,
-    Send,
-    Told,
-    Unreachable,
-)
-from hypha.scheduler.rounds.failures import exit_text
+from hypha.runtime import in_thread, wall_time
+from hypha.scheduler.durable.ledger import read_ledger
+from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.rounds.machine import NAME
 from hypha.scheduler.status.round_record import (
-    Fault,
     Key,
     OpenRound,
+    Redact,
     RoundRecord,
-    Track,
+    cleaned,
     rounded,
     with_numbers,
     without_spans,
 )
+from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.scheduler")
 
@@ -67,7 +46,10 @@ logger = logging.getLogger("hypha.scheduler")
 KEPT, KEPT_PARTS = 2000, 20_000
 #: rounds whose spans stay in memory
 DETAILED = 50
-_MAX_FAULTS, _MAX_TEXT = 50, 200
+FILE = "history.jsonl"
+#: a larger file is written anew, with its newer half
+MAX_BYTES = 16 << 20
+_LAST_SAVE_S = 0.5
 
 
 class History:
@@ -76,25 +58,19 @@ class History:
     peers report and errors quote, before any of it is kept.
     """
 
-    def __init__(
-        self, wall: Callable[[], float] = wall_time, redact: Callable[[str], str] | None = None
-    ) -> None:
+    def __init__(self, wall: Callable[[], float] = wall_time, redact: Redact | None = None) -> None:
         self._wall = wall
         self._redact = redact
         self._records: dict[Key, RoundRecord] = {}
         self._changed: dict[Key, int] = {}
         self._open: OpenRound | None = None
         self._generation: GenerationBegan | None = None
-        #: who started the next round before it was opened here, and when
-        self._early: dict[str, float] = {}
         self._unsaved: list[RoundRecord] = []
         self._broken = False
         #: counts changes of records; and how often all of them were replaced
         self.number = 0
         self.replaced = 0
         self.finished = Changes()
-
-    # --- reading --------------------------------------------------------------------------------------
 
     @property
     def records(self) -> tuple[RoundRecord, ...]:
@@ -104,11 +80,8 @@ class History:
     @property
     def job(self) -> tuple[str, int] | None:
         """The job's id and its generation; None before its first generation has begun."""
-        return (
-            None
-            if self._generation is None
-            else (self._generation.start.job_id, self._generation.start.generation)
-        )
+        start = None if self._generation is None else self._generation.start
+        return None if start is None else (start.job_id, start.generation)
 
     def since(self, number: int) -> tuple[RoundRecord, ...]:
         """Those that have changed after :attr:`number` was ``number``."""
@@ -129,9 +102,8 @@ class History:
         """
         if not record.faults:
             return record
-        return msgspec.structs.replace(record, faults=tuple(self._clean(fault) for fault in record.faults))
-
-    # --- writing --------------------------------------------------------------------------------------
+        faults = tuple(cleaned(fault, self._redact) for fault in record.faults)
+        return msgspec.structs.replace(record, faults=faults)
 
     def restore(self, records: Iterable[RoundRecord]) -> None:
         """Earlier schedulers' records, before those of this one; see :meth:`cleaned`."""
@@ -155,162 +127,40 @@ class History:
             logger.exception("The history of rounds is not kept any more, as it met something unforeseen.")
 
     def _note(self, entry: JournalEntry) -> None:
-        now, event = entry.at_s, entry.event
+        event = entry.event
         if isinstance(event, GenerationBegan):
             self._begin_generation(event)
             return
         if self._open is None and self._generation is not None and _goes_on(entry):
             # the first entry of a generation has no time, so the record begins with the second
             start = self._generation.start
-            self._open = self._begin(start.round, now)
-        if self._open is None:
+            self._open = OpenRound(
+                start.job_id, start.generation, start.round, entry.at_s, self._wall(), redact=self._redact
+            )
+        opened = self._open
+        if opened is None:
             return
-        self._heard(self._open, event, now)
-        applied: Record | None = None
-        for action in entry.actions:
-            if isinstance(action, Record):
-                applied = action
-            elif isinstance(action, Send):
-                self._sent(self._open, action, now)
-            else:
-                self._acted(self._open, action, now)
-        if applied is not None:
-            self._applied(self._open, applied.entry, entry, now)
+        opened.note(entry)
+        applied = [action.entry for action in entry.actions if isinstance(action, Record)]
+        if applied:
+            now, following = entry.at_s, applied[-1].round + 1
+            opened.server_track.switch("broadcast", now)
+            self._put(with_numbers(opened.record(now), applied[-1]))
+            self._open = opened.followed(following, now, self._wall()) if _goes_on(entry) else None
 
     def _begin_generation(self, event: GenerationBegan) -> None:
         if self._open is not None:
             # cut short: what is known of it is worth a look, as here something went wrong
-            opened = self._open
-            ends = [opened.at, *(fault.at_s + opened.at for fault in opened.faults)]
-            ends += [track.since for track in (*opened.tracks.values(), opened.server_track)]
-            self._put(opened.record(max(ends)))
+            self._put(self._open.record())
         self._open, self._generation = None, event
-        self._early.clear()
         # whoever reads earlier schedulers' records knows now whose they are
         self.finished.note()
-        for key, record in list(self._records.items()):
+        for record in self.records:
             if record.round >= event.start.round and record.applied and not record.discarded:
-                self._put(msgspec.structs.replace(record, discarded=True), key)
+                self._put(msgspec.structs.replace(record, discarded=True))
 
-    def _begin(self, round_: int, now: float) -> OpenRound:
-        assert self._generation is not None
-        start = self._generation.start
-        return OpenRound(start.job_id, start.generation, round_, now, self._wall())
-
-    def _heard(self, opened: OpenRound, event: object, now: float) -> None:
-        match event:
-            case Joined(ref=ref, kind="train"):
-                opened.tracks.setdefault(ref.peer, Track()).switch("loading", now)
-            case Joined(ref=ref):
-                opened.server = ref.peer
-                opened.server_track.switch("loading", now)
-            case Told(sender=sender, kind=kind, stamp=stamp) if stamp.generation == opened.generation:
-                self._told(opened, sender, kind, event.event, now)
-            case Reported(sender=sender, progress=progress) if progress.round == opened.round:
-                track = opened.tracks.get(sender)
-                if track is not None and progress.batches > track.batches:
-                    track.batches, track.loss = progress.batches, progress.loss
-                    track.reported_at, track.batch_s = now, progress.busy_s / progress.batches
-                    self._look_at_plan(track, now)
-            case ParticipantLost(peer=peer, kind=kind, reason=reason):
-                self._gone(opened, peer, kind, now)
-                self._fault(opened, now, peer, "lost", reason)
-            case JobRefused(peer=peer, reason=reason):
-                self._fault(opened, now, peer, "refused", reason)
-            case Unreachable(peer=peer):
-                self._fault(
-                    opened, now, peer, "unreachable", "it cannot be reached; its lease has not expired"
-                )
-            case Reachable(peer=peer):
-                self._fault(opened, now, peer, "reachable", "it answers again")
-            case DataServed(served=False):
-                self._fault(opened, now, "", "no data", "no data node serves the dataset")
-            case _:
-                pass
-
-    def _told(self, opened: OpenRound, sender: str, kind: ExecutorClass, event: object, now: float) -> None:
-        # an executor of an earlier generation goes on without having joined this one
-        track = opened.tracks.setdefault(sender, Track()) if kind == "train" else None
-        match event:
-            case Loaded() if track is not None and track.kind in (None, "loading"):
-                track.switch("waiting", now)
-            case RoundStarted(round=number) if track is not None:
-                if number == opened.round + 1:
-                    self._early[sender] = now
-                elif number == opened.round:
-                    track.batches, track.plan, track.batch_s = 0, None, 0.0
-                    track.switch("training", now)
-                    self._look_at_broadcast(opened, now)
-            case UpdateReceived(round=number, worker=worker, contribution=known) if number == opened.round:
-                if worker in opened.tracks:
-                    opened.tracks[worker].sent(None if known is None else known.batches, now)
-            case ModelReady() if kind == "aggregate":
-                opened.server = sender
-                opened.server_track.switch("collecting", now)
-            case UpdateRefused(code="duplicate" | "stale"):
-                pass  # a second copy, or one that came too late
-            case UpdateRefused(worker=worker, code=code, reason=reason):
-                self._fault(opened, now, worker, f"update refused: {code}", reason)
-            case ExecutorError():
-                self._fault(opened, now, sender, f"executor failed: {event.kind}", event.message)
-            case ExecutorExited():
-                self._fault(opened, now, sender, "executor ended", exit_text(event))
-            case _:
-                pass
-
-    def _sent(self, opened: OpenRound, action: Send, now: float) -> None:
-        match action.directive:
-            case Plan(round=number, batches=batches) if number == opened.round:
-                track = opened.tracks.get(action.to.peer)
-                if track is not None:
-                    track.plan = batches
-                    self._look_at_plan(track, now)
-            case CloseRound():
-                opened.server_track.switch("outer-step", now)
-            case _:
-                pass
-
-    def _acted(self, opened: OpenRound, action: object, now: float) -> None:
-        match action:
-            case Drop(peer=peer, kind=kind, reason=reason):
-                self._gone(opened, peer, kind, now)
-                self._fault(opened, now, peer, "replaced", reason)
-            case LetGo(peer=peer, kind=kind, reason=reason):
-                self._gone(opened, peer, kind, now)
-                self._fault(opened, now, peer, "left", reason)
-            case Again(peer=peer, reason=reason):
-                self._fault(opened, now, peer, "executor started again", reason)
-            case Restart(reason=reason):
-                opened.server_track.switch(None, now)
-                for track in opened.tracks.values():
-                    track.switch(None, now)
-                self._fault(opened, now, opened.server, "parameter server lost", reason)
-            case Fail(error=error):
-                self._fault(opened, now, "", "job failed", str(error))
-            case _:
-                pass
-
-    def _applied(self, opened: OpenRound, entry: LedgerRound, noted: JournalEntry, now: float) -> None:
-        opened.server_track.switch("broadcast", now)
-        self._put(with_numbers(opened.record(now), entry))
-        if not _goes_on(noted):
-            self._open = None
-            return
-        following = self._begin(entry.round + 1, now)
-        following.server = opened.server
-        following.server_track.switch("broadcast", now)
-        for peer, track in opened.tracks.items():
-            if track.kind is None:
-                continue
-            kept = following.tracks[peer] = Track()
-            loading = track.kind == "loading"
-            kept.switch("loading" if loading else "training" if peer in self._early else "waiting", now)
-        self._early.clear()
-        self._open = following
-        self._look_at_broadcast(following, now)
-
-    def _put(self, record: RoundRecord, key: Key | None = None) -> None:
-        key = key or record.key
+    def _put(self, record: RoundRecord) -> None:
+        key = record.key
         self.number += 1
         self._records[key] = record
         self._changed.pop(key, None)
@@ -331,42 +181,136 @@ class History:
             if record.server_spans or any(worker.spans for worker in record.workers):
                 self._records[key] = without_spans(record)
 
-    # --- the smallest steps ---------------------------------------------------------------------------
-
-    def _look_at_plan(self, track: Track, now: float) -> None:
-        if track.kind == "training" and track.plan is not None and track.batches >= track.plan:
-            track.switch("sending", now)
-
-    def _look_at_broadcast(self, opened: OpenRound, now: float) -> None:
-        """It has theta sent to everybody once nobody waits for it any more."""
-        if opened.server_track.kind == "broadcast" and not any(
-            track.kind == "waiting" for track in opened.tracks.values()
-        ):
-            opened.server_track.switch("collecting", now)
-
-    def _gone(self, opened: OpenRound, peer: str, kind: ExecutorClass, now: float) -> None:
-        if kind == "train" and peer in opened.tracks:
-            opened.tracks[peer].switch(None, now)
-        elif kind == "aggregate" and peer == opened.server:
-            opened.server_track.switch(None, now)
-
-    def _fault(self, opened: OpenRound, now: float, peer: str, what: str, text: str) -> None:
-        if len(opened.faults) < _MAX_FAULTS:
-            opened.faults.append(self._clean(Fault(rounded(now - opened.at), peer, what, text)))
-
-    def _clean(self, fault: Fault) -> Fault:
-        """Without secrets, short, and text that can be written."""
-        what, text = (self._clean_text(one) for one in (fault.what, fault.text))
-        return msgspec.structs.replace(fault, what=what, text=text)
-
-    def _clean_text(self, text: str) -> str:
-        if self._redact is not None:
-            text = self._redact(text)
-        # shortened last: half a secret would not be recognised. File names may hold lone surrogates.
-        return text[:_MAX_TEXT].encode("utf-8", "replace").decode()
-
 
 def _goes_on(entry: JournalEntry) -> bool:
-    """Whether the machine still trains."""
     state = entry.state
     return not isinstance(state, str) and state.get("phase") not in ("exporting", "done", "failed")
+
+
+async def keep_history(history: History, directory: Path) -> None:
+    """Read what earlier schedulers of the job left in its state ``directory``, then append every record that
+    becomes complete; until cancelled, and what is left then is written quickly. What goes wrong is logged
+    once, and ends this alone.
+    """
+    store = HistoryFile(directory / FILE)
+    try:
+        try:
+            await _follow(history, directory, store)
+        finally:
+            with trio.move_on_after(_LAST_SAVE_S, shield=True):
+                await in_thread(store.append, history.unsaved(), abandon_on_cancel=True)
+    except Exception:
+        # a file for people must not end a job
+        logger.exception("The history of rounds is not kept any more in %s.", directory / FILE)
+
+
+async def _follow(history: History, directory: Path, store: HistoryFile) -> None:
+    seen, restored = 0, False
+    while True:
+        seen = await history.finished.wait(seen)
+        if not restored and history.job is not None:
+            restored = True
+            job_id, generation = history.job
+            if generation:
+                history.restore(await in_thread(_restorable, history, directory, job_id))
+        await in_thread(store.append, history.unsaved())
+
+
+def _restorable(history: History, directory: Path, job_id: str) -> list[RoundRecord]:
+    try:
+        records = read_history(directory)
+    except HyphaError as exc:
+        logger.warning("Rounds of the job's earlier schedulers are not shown: %s", exc)
+        return []
+    return [history.cleaned(record) for record in records if record.job_id == job_id]
+
+
+class HistoryFile:
+    """Appends records to ``path``, never raises. Blocks: call it in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._failing = False
+
+    def append(self, records: Iterable[RoundRecord]) -> None:
+        """Whole lines; what cannot be written is lost, and that is logged once."""
+        try:
+            # text that is no Unicode raises ValueError
+            lines = b"".join(msgspec.json.encode(record) + b"\n" for record in records)
+            if not lines:
+                return
+            with self._path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, 2)
+                    if file.read(1) != b"\n":
+                        # the scheduler before was killed, or its disk was full
+                        lines = b"\n" + lines
+                file.write(lines)
+            if self._path.stat().st_size > MAX_BYTES:
+                self._shorten()
+        except (OSError, ValueError) as exc:
+            if not self._failing:
+                logger.warning("The history of rounds is not kept in %s for now: %s", self._path, exc)
+            self._failing = True
+        else:
+            if self._failing:
+                logger.info("The history of rounds is kept in %s again.", self._path)
+            self._failing = False
+
+    def _shorten(self) -> None:
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        write_whole(self._path, b"".join(lines[len(lines) // 2 :]))
+
+
+def read_history(directory: Path) -> list[RoundRecord]:
+    """All rounds of the job in the state ``directory``, in the order in which they happened. Blocks. Raises
+    :class:`HyphaError` where there is no ledger.
+    """
+    database = directory / "job.db"
+    ledger = read_ledger(database if database.exists() else directory / "ledger.json")
+    return merged(ledger, _read_lines(directory / FILE))
+
+
+def merged(ledger: LedgerFile, records: Iterable[RoundRecord]) -> list[RoundRecord]:
+    """What the ledger has, with the spans of ``records``, and those of its job that it does not know: rounds
+    that were cut short. A round that the ledger does not have was not applied, whatever a record has.
+    """
+    job_id = ledger.job.job_id
+    known = {record.key: record for record in records if record.job_id == job_id}
+    found = {key: record for key, record in known.items() if not record.applied}
+    for entry in ledger.rounds:
+        key = entry.generation, entry.round
+        record = known.get(key)
+        if record is None:
+            record = RoundRecord(job_id, *key, began=0.0, length_s=rounded(entry.duration_s))
+        found[key] = msgspec.structs.replace(with_numbers(record, entry), discarded=entry.discarded)
+    return _placed([found[key] for key in sorted(found)])
+
+
+def _placed(records: list[RoundRecord]) -> list[RoundRecord]:
+    """Rounds whose beginning nobody noted begin where the one before ended, or end where the next begins."""
+    placed: list[RoundRecord] = []
+    for record in records:
+        if not record.began and placed and placed[-1].began:
+            record = msgspec.structs.replace(record, began=placed[-1].began + placed[-1].length_s)
+        placed.append(record)
+    for index in range(len(placed) - 2, -1, -1):
+        if not placed[index].began and placed[index + 1].began:
+            began = placed[index + 1].began - placed[index].length_s
+            placed[index] = msgspec.structs.replace(placed[index], began=began)
+    return placed
+
+
+def _read_lines(path: Path) -> list[RoundRecord]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            records.append(decode_json(line, RoundRecord))
+        except Undecodable:
+            # whoever wrote it was killed meanwhile, or the disk has spoilt it: it may not even be UTF-8
+            continue
+    return records

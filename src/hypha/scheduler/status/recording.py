@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import trio
 
-from hypha.config.job import JobConfig, SinkConfig
+from hypha.config.job import JobConfig
 from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound
@@ -57,9 +57,18 @@ class Recording:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._job = config.scheduler.job
-        root = config.state_dir.absolute() / self._job.name / "sinks"
+        root = config.state_dir / self._job.name / "sinks"
         self._destinations = [
-            _destination(one, self._job, str(root / one.type)) for one in config.scheduler.sinks
+            Destination(
+                type=sink.type,
+                project=sink.project,
+                name=sink.name or self._job.name,
+                directory=str((sink.directory or root / sink.type).absolute()),
+                url=sink.url,
+                token=sink.token,
+                offline=sink.offline,
+            )
+            for sink in config.scheduler.sinks
         ]
         self.sinks: list[SinkProcess] = []
         self._recorded: tuple[int, int] | None = None
@@ -135,18 +144,6 @@ def _of_workers(entry: LedgerRound, snapshot: JobSnapshot) -> dict[str, dict[str
 def _finite(values: dict[str, float]) -> dict[str, float]:
     """JSON knows no other numbers."""
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def _destination(config: SinkConfig, job: JobConfig, directory: str) -> Destination:
-    return Destination(
-        type=config.type,
-        project=config.project,
-        name=config.name or job.name,
-        directory=directory if config.directory is None else str(config.directory.absolute()),
-        url=config.url,
-        token=config.token,
-        offline=config.offline,
-    )
 
 
 @asynccontextmanager

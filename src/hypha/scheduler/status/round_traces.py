@@ -14,22 +14,21 @@ from collections.abc import Mapping
 from opentelemetry.trace import Span, use_span
 
 from hypha.journal import JournalEntry
-from hypha.messages import CloseRound, ExecutorClass, JobStamp, Plan, RoundStarted, Traced, UpdateReceived
+from hypha.messages import (
+    CloseRound,
+    ExecutorClass,
+    ExecutorError,
+    ExecutorExited,
+    JobStamp,
+    Plan,
+    RoundStarted,
+    Traced,
+    UpdateReceived,
+)
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds import machine as rounds
-from hypha.scheduler.rounds.events import (
-    Again,
-    Drop,
-    Fail,
-    GenerationBegan,
-    LetGo,
-    ParticipantLost,
-    Record,
-    Restart,
-    Send,
-    Told,
-)
 from hypha.scheduler.rounds.state import OPEN
 from hypha.tracing import failed, round_traceparent, start_span, traceparent
 from hypha.tracing.operations import ROUND, RUN_JOB
@@ -45,7 +44,8 @@ class RoundTraces:
         self._ratio = ratio
         self._job_id = ""
         self._job: Span | None = None
-        self._job_in: str | None = None
+        #: the ``traceparent`` of the job's span; None when nothing is traced
+        self.of_job: str | None = None
         #: the open round: its generation and number
         self._at: tuple[int, int] | None = None
         #: this generation of the job is at its end: the next one opens the round anew
@@ -54,17 +54,11 @@ class RoundTraces:
         self._dispatches: dict[tuple[str, ExecutorClass], str] = {}
 
     def begin(self, job: str) -> None:
-        """The job called ``job`` is run from now on."""
         if self._ratio is None:
             return
         self._job = start_span(RUN_JOB, {"hypha.job.name": job})
         with use_span(self._job):
-            self._job_in = traceparent()
-
-    @property
-    def of_job(self) -> str | None:
-        """The ``traceparent`` of the job's span; None when nothing is traced."""
-        return self._job_in
+            self.of_job = traceparent()
 
     def of_round(self, stamp: JobStamp, round_: int) -> str | None:
         """The ``traceparent`` of ``round_`` in that generation of the job; None when nothing is traced."""
@@ -81,7 +75,6 @@ class RoundTraces:
         return Traced(traceparent=parent, ratio=self._ratio)
 
     def note(self, entry: JournalEntry) -> None:
-        """A machine has handled an event."""
         if self._ratio is None:
             return
         if entry.machine == rounds.NAME:
@@ -92,34 +85,29 @@ class RoundTraces:
             self._renewal(entry)
 
     def close(self) -> None:
-        """The job has ended, or this run of it."""
         self._end("the job ended")
         job, self._job = self._job, None
         if job is not None:
             job.end()
 
-    # --- leases ---------------------------------------------------------------------------------------
-
     def _allocator(self, event: object) -> None:
         match event:
             case allocation.Gained(lease_id):
-                self._happened("lease gained", {"hypha.lease": lease_id})
+                self._happened("lease gained", lease=lease_id)
             case allocation.LeaseFailed(lease_id):
-                self._happened("lease lost", {"hypha.lease": lease_id})
+                self._happened("lease lost", lease=lease_id)
 
     def _renewal(self, entry: JournalEntry) -> None:
-        lease = {"hypha.lease": entry.machine.partition(":")[2]}
+        lease = entry.machine.partition(":")[2]
         for action in entry.actions:
             match action:
                 case renewal.Suspected(reason):
-                    self._happened("lease suspect", {**lease, "hypha.reason": reason})
+                    self._happened("lease suspect", lease=lease, reason=reason)
                 case renewal.Recovered():
-                    self._happened("lease recovered", lease)
-
-    # --- rounds ---------------------------------------------------------------------------------------
+                    self._happened("lease recovered", lease=lease)
 
     def _round_machine(self, entry: JournalEntry) -> None:
-        if isinstance(entry.event, GenerationBegan):
+        if isinstance(entry.event, events.GenerationBegan):
             self._job_id = entry.event.start.job_id
             if self._job is not None:
                 self._job.set_attribute("hypha.job", self._job_id)
@@ -134,44 +122,38 @@ class RoundTraces:
 
     def _told(self, event: object) -> None:
         match event:
-            case Told(sender=sender, event=RoundStarted(round=round_)) if self._is_open(round_):
-                self._happened("worker started", {"hypha.peer": sender})
-            case Told(event=UpdateReceived() as update) if self._is_open(update.round):
-                self._happened(
-                    "update received", {"hypha.peer": update.worker, "hypha.samples": update.samples}
-                )
-            case ParticipantLost(peer=peer, kind=kind, reason=reason):
+            case events.Told(sender=sender, event=RoundStarted(round=round_)) if self._is_open(round_):
+                self._happened("worker started", peer=sender)
+            case events.Told(event=UpdateReceived() as update) if self._is_open(update.round):
+                self._happened("update received", peer=update.worker, samples=update.samples)
+            case events.ParticipantLost(peer=peer, kind=kind, reason=reason):
                 # rounds are not linked any more to what was dispatched there
                 self._dispatches.pop((peer, kind), None)
-                self._happened(f"{kind} executor lost", {"hypha.peer": peer, "hypha.reason": reason})
-            case Told(sender=sender, kind=kind, event=event) if type(event).__name__.startswith("Executor"):
-                self._happened(f"{kind} executor ended", {"hypha.peer": sender})
+                self._happened(f"{kind} executor lost", peer=peer, reason=reason)
+            case events.Told(sender=sender, kind=kind, event=ExecutorError() | ExecutorExited()):
+                self._happened(f"{kind} executor ended", peer=sender)
 
     def _decided(self, action: object) -> None:
         match action:
-            case Send(to=to, directive=Plan(batches=int(batches))):
-                self._happened("round planned", {"hypha.peer": to.peer, "hypha.batches": batches})
-            case Send(directive=CloseRound()):
-                self._happened("round closed", {})
-            case Drop(peer=peer, reason=reason):
-                self._happened("worker replaced", {"hypha.peer": peer, "hypha.reason": reason})
-            case LetGo(peer=peer, reason=reason):
-                self._happened("worker left", {"hypha.peer": peer, "hypha.reason": reason})
-            case Again(peer=peer, reason=reason):
-                self._happened("executor started again", {"hypha.peer": peer, "hypha.reason": reason})
-            case Record(entry=applied):
-                if self._is_open(applied.round):
-                    counts = {
-                        "hypha.samples": applied.samples,
-                        "hypha.workers": len(applied.contributors),
-                    }
-                    self._happened("round applied", counts)
-                    self._end("")
-            case Restart(reason=reason):
-                self._happened("restart", {"hypha.reason": reason})
+            case events.Send(to=to, directive=Plan(batches=int(batches))):
+                self._happened("round planned", peer=to.peer, batches=batches)
+            case events.Send(directive=CloseRound()):
+                self._happened("round closed")
+            case events.Drop(peer=peer, reason=reason):
+                self._happened("worker replaced", peer=peer, reason=reason)
+            case events.LetGo(peer=peer, reason=reason):
+                self._happened("worker left", peer=peer, reason=reason)
+            case events.Again(peer=peer, reason=reason):
+                self._happened("executor started again", peer=peer, reason=reason)
+            case events.Record(entry=applied) if self._is_open(applied.round):
+                workers = len(applied.contributors)
+                self._happened("round applied", samples=applied.samples, workers=workers)
+                self._end("")
+            case events.Restart(reason=reason):
+                self._happened("restart", reason=reason)
                 self._end(reason)
                 self._over = True
-            case Fail(error=error):
+            case events.Fail(error=error):
                 self._end(str(error))
 
     def _is_open(self, round_: int) -> bool:
@@ -189,9 +171,9 @@ class RoundTraces:
             links=tuple(self._dispatches.values()),
         )
 
-    def _happened(self, name: str, attributes: Mapping[str, Attribute]) -> None:
+    def _happened(self, name: str, **attributes: Attribute) -> None:
         if self._span is not None:
-            self._span.add_event(name, attributes)
+            self._span.add_event(name, {f"hypha.{key}": value for key, value in attributes.items()})
 
     def _end(self, why: str) -> None:
         """End the open round's span; ``why`` it was never applied, empty when it was."""

@@ -23,8 +23,8 @@ from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds import machine as rounds
 from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
 from hypha.scheduler.rounds.machine import RoundMachine
-from hypha.scheduler.status.progress import Progressed
-from hypha.scheduler.status.snapshot import JobState
+from hypha.scheduler.rounds.participants import Member
+from hypha.scheduler.status.snapshot import JobState, Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import OTHER, Reading
 
@@ -72,7 +72,6 @@ class JobMetrics:
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
 
     def note(self, entry: JournalEntry) -> None:
-        """A machine has handled an event."""
         if entry.machine == rounds.NAME:
             self._round_machine(entry)
         elif entry.machine == allocator.NAME:
@@ -84,8 +83,6 @@ class JobMetrics:
         """The run is over: ``done``, ``failed`` or ``stopped``."""
         self._count_refused()
         metrics.JOB_DURATION.record(now - self._began, status=status)
-
-    # --- offers and leases ----------------------------------------------------------------------------
 
     def _allocator(self, entry: JournalEntry) -> None:
         kind: str = OTHER
@@ -154,8 +151,6 @@ class JobMetrics:
         if (began := self._attempted.pop(lease_id, None)) is not None:
             metrics.RENEWAL_DURATION.record(now - began, status=status)
 
-    # --- rounds and slices ----------------------------------------------------------------------------
-
     def _round_machine(self, entry: JournalEntry) -> None:
         for action in entry.actions:
             match action:
@@ -201,8 +196,6 @@ class JobMetrics:
                 metrics.MESSAGES_REFUSED.add(count - counted[what], reason=what)
         self._refused = (machine, Counter(machine.counts))
 
-    # --- what is so now -------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def shown(self, state: Callable[[], JobState]) -> Iterator[None]:
         """The gauges show this run meanwhile, which is in ``state()``; its counters begin at 0."""
@@ -218,30 +211,30 @@ class JobMetrics:
         with contextlib.ExitStack() as stack:
             for gauge, source in (
                 (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),
-                (metrics.LEASES, lambda: [({"kind": kind}, self._leases(kind)) for kind in KINDS]),
-                (metrics.LEASES_WANTED, self._leases_wanted),
+                (metrics.LEASES, lambda: _by("kind", {kind: self._leases(kind) for kind in KINDS})),
+                (metrics.LEASES_WANTED, lambda: _by("kind", self._wanted)),
                 (metrics.PRICES, self._prices),
                 (metrics.ALLOCATION_WAIT, self._waits),
                 (metrics.SLICES, self._slices),
-                (metrics.EPOCH, self._epoch),
+                (metrics.EPOCH, self._of_machine(lambda machine: machine.tracker.epoch)),
                 (metrics.PROVIDERS, self._providers),
-                (metrics.ROUND, self._round),
+                (metrics.ROUND, self._of_machine(lambda machine: machine.round)),
                 (metrics.ROUNDS, lambda: float(self._rounds_wanted)),
                 (metrics.ROUND_AGE, lambda: trio.current_time() - self._applied_at),
-                (metrics.BATCH_TIME, self._batch_times),
-                (metrics.IDLE, self._idle_shares),
-                (metrics.CHECKPOINT_ROUND, self._checkpoint_round),
+                (metrics.BATCH_TIME, self._of_members(lambda member: member.batch_time.value_s)),
+                (metrics.IDLE, self._of_members(lambda member: member.idle_share)),
+                (metrics.CHECKPOINT_ROUND, lambda: _only(self._progressed.checkpoint)),
                 (metrics.CHECKPOINT_AGE, self._checkpoint_age),
-                (metrics.JOB_STATE, lambda: _states(state())),
+                (
+                    metrics.JOB_STATE,
+                    lambda: _by("state", {one: float(one == state()) for one in metrics.JOB_STATES}),
+                ),
             ):
                 stack.enter_context(gauge.watch(source))
             yield
 
     def _leases(self, kind: ExecutorClass) -> int:
         return sum(lease.kind == kind for lease in self._pool.leases)
-
-    def _leases_wanted(self) -> Iterable[Reading]:
-        return [({"kind": kind}, count) for kind, count in self._wanted.items()]
 
     def _prices(self) -> Iterable[Reading]:
         for kind in KINDS:
@@ -251,47 +244,32 @@ class JobMetrics:
 
     def _waits(self) -> Iterable[Reading]:
         now = trio.current_time()
-        return [({"kind": kind}, max(0.0, now - since)) for kind, since in self._short_since.items()]
+        return _by("kind", {kind: max(0.0, now - since) for kind, since in self._short_since.items()})
 
     def _slices(self) -> Iterable[Reading]:
         self._count_refused()
         machine = self._machine()
-        if machine is None:
-            return []
-        return [({"state": state}, count) for state, count in machine.tracker.counts().items()]
+        return _by("state", machine.tracker.counts() if machine is not None else {})
 
-    def _epoch(self) -> Iterable[Reading]:
-        machine = self._machine()
-        return _only(machine.tracker.epoch if machine is not None else None)
+    def _of_machine(self, value: Callable[[RoundMachine], float]) -> Callable[[], Iterable[Reading]]:
+        def read() -> Iterable[Reading]:
+            machine = self._machine()
+            return _only(None if machine is None else value(machine))
+
+        return read
+
+    def _of_members(self, value: Callable[[Member], float | None]) -> Callable[[], Iterable[Reading]]:
+        def read() -> Iterable[Reading]:
+            machine = self._machine()
+            members = machine.members.values() if machine is not None else ()
+            values = {member.peer: value(member) for member in members}
+            return _by("worker", {peer: one for peer, one in values.items() if one is not None})
+
+        return read
 
     def _providers(self) -> Iterable[Reading]:
         dataset = self._dataset()
         return _only(len(dataset.providers) if dataset is not None else None)
-
-    def _round(self) -> Iterable[Reading]:
-        machine = self._machine()
-        return _only(machine.round if machine is not None else None)
-
-    def _batch_times(self) -> Iterable[Reading]:
-        machine = self._machine()
-        members = machine.members.values() if machine is not None else ()
-        return [
-            ({"worker": member.peer}, member.batch_time.value_s)
-            for member in members
-            if member.batch_time.value_s is not None
-        ]
-
-    def _idle_shares(self) -> Iterable[Reading]:
-        machine = self._machine()
-        members = machine.members.values() if machine is not None else ()
-        return [
-            ({"worker": member.peer}, member.idle_share)
-            for member in members
-            if member.idle_share is not None
-        ]
-
-    def _checkpoint_round(self) -> Iterable[Reading]:
-        return _only(self._progressed.checkpoint)
 
     def _checkpoint_age(self) -> Iterable[Reading]:
         saved_at = self._progressed.checkpoint_at
@@ -303,5 +281,5 @@ def _only(value: float | None) -> Iterable[Reading]:
     return [] if value is None else [({}, value)]
 
 
-def _states(state: JobState) -> Iterable[Reading]:
-    return [({"state": one}, float(one == state)) for one in metrics.JOB_STATES]
+def _by(label: str, values: Mapping[str, float]) -> Iterable[Reading]:
+    return [({label: one}, value) for one, value in values.items()]
