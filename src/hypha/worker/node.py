@@ -235,7 +235,7 @@ async def serve(
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()
                 node.health_details.append(
-                    lambda: {"offers": leaving.in_words, "price": lease_service.pricing.in_words}
+                    lambda: {"offers": leaving.in_words, "price": arbiter.pricing.in_words}
                 )
                 if not is_simulated():
                     gauges.enter_context(shown(jobs, lease_service, context.cache))

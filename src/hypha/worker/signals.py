@@ -41,20 +41,20 @@ def shown(jobs: Jobs, lease_service: LeaseService, cache: SliceCache) -> Iterato
     with (
         metrics.WORKER_JOBS.watch(lambda: [({"kind": kind}, jobs.running(kind)) for kind in _KINDS]),
         metrics.WORKER_LEASES.watch(leases),
-        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.free)),
-        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.total)),
+        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.arbiter.book.free)),
+        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.arbiter.book.total)),
         metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
         metrics.WORKER_PRICE.watch(lambda: prices(lease_service)),
-        metrics.WORKER_LOAD.watch(lambda: lease_service.pricing.load),
+        metrics.WORKER_LOAD.watch(lambda: lease_service.arbiter.pricing.load),
     ):
         yield
 
 
 def prices(lease_service: LeaseService) -> list[Reading]:
     """What the worker takes for a lease, and gets for those that it has given."""
-    pricing = lease_service.pricing
+    pricing = lease_service.arbiter.pricing
     return [
-        ({"of": "floor"}, pricing.floor),
+        ({"of": "floor"}, pricing.terms.floor),
         ({"of": "rest"}, pricing.at_rest),
         ({"of": "threshold"}, pricing.asked),
         ({"of": "leases"}, sum(lease.price for lease in lease_service.leases if lease.accepted)),

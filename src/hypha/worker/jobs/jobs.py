@@ -12,7 +12,7 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import Refused
-from hypha.leases import Lease
+from hypha.leases import Bind, Drained, Hold, Lease
 from hypha.messages import (
     Acknowledged,
     CancelJob,
@@ -75,7 +75,7 @@ class Jobs:
         job = request.job
         kind: ExecutorClass = "train" if isinstance(job, TrainJob) else "aggregate"
         lease_service = self._lease_service()
-        lease = lease_service.lease_for_dispatch(request.lease_id, caller, kind)
+        lease = lease_service.granted(Bind(request.lease_id, caller, kind))
         if job.scheduler.peer != caller or job.me != self._context.node.peer_id:
             raise Refused("invalid", "the job names another scheduler or another worker")
         executor = self._executor_for(kind, job.executor.name, job.executor.kind, lease)
@@ -94,10 +94,12 @@ class Jobs:
             known = running.reported.is_set() and not request.instead_of
             if same and not known and request.instead_of != running.traffic.incarnation:
                 return Acknowledged()
-        lease_service.lease_for_dispatch(request.lease_id, caller, kind, job.job_id)
-        lease_service.hold(lease.lease_id, self._context.config.stop_grace_s + KILL_MARGIN_S)
+        lease_service.granted(Bind(request.lease_id, caller, kind, job.job_id))
+        lease_service.granted(Hold(lease.lease_id, self._context.config.stop_grace_s + KILL_MARGIN_S))
         self._context.node.learn(job.scheduler)
-        execution = Execution(self._context, lease, job, executor, lease_service.gpus_of(lease.lease_id))
+        execution = Execution(
+            self._context, lease, job, executor, lease_service.arbiter.gpus.share_of(lease.lease_id)
+        )
         self._executions[execution.key] = execution
         if running is not None:
             running.stop("its job is started anew")
@@ -119,7 +121,7 @@ class Jobs:
             lease_id = execution.lease.lease_id
             live = [other for other in self._executions.values() if other.lease.lease_id == lease_id]
             if all(other.ended.is_set() for other in live):
-                self._lease_service().drained(lease_id)
+                self._lease_service().handle(Drained(lease_id))
             known = {lease.lease_id for lease in self._lease_service().leases}
             if lease_id not in known and self._executions.get(execution.key) is execution:
                 del self._executions[execution.key]

@@ -137,15 +137,11 @@ class Arbiter:
         self._window_ends: float | None = None
         #: the window is over, and a connection is waited for
         self._over = False
-        self._closed = False
+        #: it makes no offers any more
+        self.closed = False
         #: ids of leases, and the reference that the worker gave of itself, while the present event was
         #: handled
         self._drawn: list[tuple[str, PeerRef]] = []
-
-    @property
-    def is_closed(self) -> bool:
-        """It makes no offers any more."""
-        return self._closed
 
     @property
     def next_wake(self) -> float | None:
@@ -174,7 +170,7 @@ class Arbiter:
         """Assert what always holds after an event at ``now``. For tests and simulation."""
         assert (self._window_ends is None) == (not self._waiting), "requests wait without a window"
         assert self._window_ends is None or self._window_ends > now, "a window has ended undecided"
-        assert not (self._closed and self._waiting), "a worker that stops lets requests wait"
+        assert not (self.closed and self._waiting), "a worker that stops lets requests wait"
         waiting_in_all = {**self._waiting, **self._unreached}
         assert len(waiting_in_all) <= MAX_WAITING, f"{len(waiting_in_all)} requests wait"
         assert all(one.before > now and not one.reached for one in self._unreached.values()), "one waits idly"
@@ -202,7 +198,7 @@ class Arbiter:
         return {
             "waiting": len(self._waiting),
             "leases": len(self.book),
-            "closed": self._closed,
+            "closed": self.closed,
             "price_level": self.pricing.level,
         }
 
@@ -239,13 +235,13 @@ class Arbiter:
                 self._notice(renewed, now)
                 actions.extend(renewed)
             case Close():
-                self._closed = True
+                self.closed = True
                 self._waiting.clear()
                 self._unreached.clear()
                 self._window_ends, self._over = None, False
                 actions.extend(self.book.handle(Tick(), now))
             case Reopen():
-                self._closed = False
+                self.closed = False
                 actions.extend(self.book.handle(Tick(), now))
             case _:
                 ended = self.book.handle(event, now)
@@ -322,7 +318,7 @@ class Arbiter:
         return actions
 
     def _closed_now(self) -> tuple[str, Cause] | None:
-        return ("this worker is drained, or stopping", "closed") if self._closed else None
+        return ("this worker is drained, or stopping", "closed") if self.closed else None
 
     def _has_an_offer(self, request: WorkerRequest) -> bool:
         """A temporary lease for its scheduler and class of executor is there."""

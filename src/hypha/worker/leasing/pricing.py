@@ -30,42 +30,28 @@ class Pricing:
     """On the terms ``terms``, from a load of nothing."""
 
     def __init__(self, terms: OfferConfig) -> None:
-        self._terms = terms
+        self.terms = terms
         self.load = 0.0
         #: steps above (below) the price at rest
         self.level = 0
-        self._next_at: float | None = None
+        #: when the next step is due; None while the price stays
+        self.next_wake: float | None = None
         #: whether the load was looked at before
         self._begun = False
 
     @property
-    def next_wake(self) -> float | None:
-        """When the next step is due; None while the price stays."""
-        return self._next_at
-
-    @property
-    def floor(self) -> float:
-        """Lower bids are not answered."""
-        return self._terms.floor
-
-    @property
     def at_rest(self) -> float:
         """What is asked for without any load, and of nobody in particular."""
-        return max(self._terms.floor, self._terms.price)
+        return max(self.terms.floor, self.terms.price)
 
     @property
     def in_words(self) -> str:
         """For people: ``1.5 a lease (1 at rest, floor 0.2, utilization, load 80 %)``."""
-        terms = self._terms
+        terms = self.terms
         return (
             f"{self.asked:g} a lease ({self.at_rest:g} at rest, floor {terms.floor:g}, {terms.strategy}, "
             f"load {100 * self.load:.0f} %)"
         )
-
-    @property
-    def strategy(self) -> str:
-        """As ``offer.strategy``."""
-        return self._terms.strategy
 
     @property
     def asked(self) -> float:
@@ -74,13 +60,13 @@ class Pricing:
 
     def asked_of(self, scheduler: str, cached: bool) -> float:
         """For one lease of ``scheduler``; ``cached``: its job's dataset is in the worker's cache."""
-        return max(self._terms.floor, self.asked / self.preference(scheduler, cached))
+        return max(self.terms.floor, self.asked / self.preference(scheduler, cached))
 
     def preference(self, scheduler: str, cached: bool) -> float:
         """How many times as much its bids count."""
-        if self._terms.strategy != "affinity":
+        if self.terms.strategy != "affinity":
             return 1.0
-        affinity = self._terms.affinity
+        affinity = self.terms.affinity
         preferred = scheduler in affinity.schedulers or (cached and affinity.cached)
         return affinity.preference if preferred else 1.0
 
@@ -91,18 +77,18 @@ class Pricing:
 
     def follow(self, load: float, now: float) -> None:
         """The load is ``load`` from ``now`` on; steps that were due before are taken first."""
-        if self._terms.strategy != "utilization":
+        if self.terms.strategy != "utilization":
             self.load = load
             return
-        every_s = self._terms.utilization.every_s
+        every_s = self.terms.utilization.every_s
         direction = self._direction(self.load)
-        while self._next_at is not None and now >= self._next_at:
+        while self.next_wake is not None and now >= self.next_wake:
             self.level += direction
-            self._next_at = self._next_at + every_s if self._moves(direction) else None
+            self.next_wake = self.next_wake + every_s if self._moves(direction) else None
         wanted = self._direction(load)
         self.load = load
         if wanted != direction or not self._begun:
-            self._next_at = now + every_s if self._moves(wanted) else None
+            self.next_wake = now + every_s if self._moves(wanted) else None
         self._begun = True
 
     def validate(self) -> None:
@@ -111,26 +97,26 @@ class Pricing:
         assert 0.0 <= self.load <= 1.0, f"a load of {self.load}"
         assert least <= self.asked <= most, f"{self.asked} is asked, which is not in {least} to {most}"
         moves = self._begun and self._moves(self._direction(self.load))
-        assert (self._next_at is not None) == moves, "the price stands still, or moves for no reason"
+        assert (self.next_wake is not None) == moves, "the price stands still, or moves for no reason"
 
     def _bounds(self) -> tuple[float, float]:
-        price, floor = self._terms.price, self._terms.floor
-        if self._terms.strategy != "utilization":
+        price, floor = self.terms.price, self.terms.floor
+        if self.terms.strategy != "utilization":
             return self.at_rest, self.at_rest
-        load = self._terms.utilization
+        load = self.terms.utilization
         return max(floor, price * load.least), max(floor, price * load.most)
 
     def _at(self, level: int) -> float:
         least, most = self._bounds()
         # beyond the bounds no step is taken, so the power stays small
-        return min(most, max(least, self._terms.price * (1.0 + self._terms.utilization.step) ** level))
+        return min(most, max(least, self.terms.price * (1.0 + self.terms.utilization.step) ** level))
 
     def _direction(self, load: float) -> int:
-        thresholds = self._terms.utilization
+        thresholds = self.terms.utilization
         return (load >= thresholds.high) - (load <= thresholds.low)
 
     def _moves(self, direction: int) -> bool:
         """Whether a step in ``direction`` changes the price."""
-        if self._terms.strategy != "utilization" or direction == 0:
+        if self.terms.strategy != "utilization" or direction == 0:
             return False
         return self._at(self.level + direction) != self.asked
