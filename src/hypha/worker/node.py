@@ -38,7 +38,6 @@ from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
-from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.vetting import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
 from hypha.worker.limits.cores import CorePins
@@ -227,10 +226,8 @@ async def serve(
         outside.start_soon(_set_when_cancelled, stopped)
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
-                jobs = Jobs(context, nursery)
-                lease_service = jobs.lease_service = LeaseService(
-                    arbiter, jobs.lease_ended, context.cache.datasets
-                )
+                jobs = Jobs(context, nursery, arbiter)
+                lease_service = jobs.lease_service
                 leaving = Leaving(node, lease_service)
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()

@@ -47,10 +47,7 @@ def openapi() -> dict[str, object]:
         return {"content": {kind: {"schema": schema}}}
 
     def operation(
-        summary: str,
-        answer: dict[str, object],
-        errors: dict[str, str],
-        call: object = None,
+        summary: str, answer: dict[str, object], errors: dict[str, str], call: object = None
     ) -> dict[str, object]:
         failures = {
             status: {"description": meaning, **content("application/json", by_type[BridgeError])}

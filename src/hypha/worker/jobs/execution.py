@@ -14,12 +14,7 @@ import trio
 from hypha.config.models import ExecutorConfig
 from hypha.errors import HyphaError
 from hypha.leases import Lease
-from hypha.messages import (
-    ExecutorClass,
-    ExecutorError,
-    ExecutorExited,
-    Job,
-)
+from hypha.messages import ExecutorError, ExecutorExited, Job
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
@@ -45,14 +40,10 @@ class Execution:
     """``job`` under ``lease``, run by ``executor`` on ``gpus``, by :meth:`run`."""
 
     def __init__(
-        self,
-        context: ExecutionContext,
-        lease: Lease,
-        job: Job,
-        executor: ExecutorConfig,
-        gpus: GpuShare,
+        self, context: ExecutionContext, lease: Lease, job: Job, executor: ExecutorConfig, gpus: GpuShare
     ) -> None:
         self.lease = lease
+        self.job_id, self.kind = job.job_id, job.executor.kind
         self._gpus = gpus
         self._confined: Confined | None = None
         self._context = context
@@ -63,21 +54,6 @@ class Execution:
         self.reported = trio.Event()
         #: what goes in and out
         self.traffic = ExecutorTraffic(context, lease, job, executor, self.stop)
-
-    @property
-    def job_id(self) -> str:
-        """Of its job."""
-        return self.traffic.job.job_id
-
-    @property
-    def kind(self) -> ExecutorClass:
-        """Its class."""
-        return self.traffic.kind
-
-    @property
-    def key(self) -> tuple[str, ExecutorClass]:
-        """How the job's traffic is routed to it."""
-        return (self.job_id, self.kind)
 
     def stop(self, reason: str) -> bool:
         """End the executor; returns at once: False where it was to end anyway."""

@@ -13,18 +13,11 @@ import trio
 from hypha.config.models import ExecutorConfig
 from hypha.errors import Refused
 from hypha.leases import Bind, Drained, Hold, Lease
-from hypha.messages import (
-    Acknowledged,
-    CancelJob,
-    DispatchJob,
-    ExecutorClass,
-    Rejoin,
-    Steer,
-    TrainJob,
-)
+from hypha.messages import Acknowledged, CancelJob, DispatchJob, ExecutorClass, Rejoin, Steer, TrainJob
 from hypha.tracing import untraced
 from hypha.worker.jobs.execution import Execution
 from hypha.worker.jobs.traffic import ExecutionContext
+from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
@@ -38,14 +31,14 @@ _LEARNT_AT_ONCE = 64
 class Jobs:
     """The jobs of one worker, at most one executor for each job and class at a time.
 
-    Executors run in ``nursery``. ``lease_service`` is set before anything is answered.
+    Executors run in ``nursery``, under leases about which ``arbiter`` decides.
     """
 
-    def __init__(self, context: ExecutionContext, nursery: trio.Nursery) -> None:
+    def __init__(self, context: ExecutionContext, nursery: trio.Nursery, arbiter: Arbiter) -> None:
         self._context = context
         self._nursery = nursery
         self._executions: dict[tuple[str, ExecutorClass], Execution] = {}
-        self.lease_service: LeaseService | None = None
+        self.lease_service = LeaseService(arbiter, self._lease_ended, context.cache.datasets)
 
     def answer(self) -> None:
         """Let schedulers ask."""
@@ -54,7 +47,7 @@ class Jobs:
         self._context.node.answer(Steer, self._steer)
         self._context.node.health_details.append(self._health)
 
-    def lease_ended(self, lease: Lease) -> None:
+    def _lease_ended(self, lease: Lease) -> None:
         """Stop what runs under ``lease``; never blocks."""
         for key, execution in list(self._executions.items()):
             if execution.lease.lease_id == lease.lease_id:
@@ -74,7 +67,7 @@ class Jobs:
     async def _dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
         job = request.job
         kind: ExecutorClass = "train" if isinstance(job, TrainJob) else "aggregate"
-        lease_service = self._lease_service()
+        lease_service = self.lease_service
         lease = lease_service.granted(Bind(request.lease_id, caller, kind))
         if job.scheduler.peer != caller or job.me != self._context.node.peer_id:
             raise Refused("invalid", "the job names another scheduler or another worker")
@@ -100,7 +93,7 @@ class Jobs:
         execution = Execution(
             self._context, lease, job, executor, lease_service.arbiter.gpus.share_of(lease.lease_id)
         )
-        self._executions[execution.key] = execution
+        self._executions[job.job_id, kind] = execution
         if running is not None:
             running.stop("its job is started anew")
         # it outlives this dispatch, and has a span of its own
@@ -118,13 +111,13 @@ class Jobs:
         except Exception:  # the edge: one broken job must not take the worker and its other jobs along
             logger.exception("A job failed.", extra={"job_id": execution.job_id})
         finally:
-            lease_id = execution.lease.lease_id
+            lease_id, key = execution.lease.lease_id, (execution.job_id, execution.kind)
             live = [other for other in self._executions.values() if other.lease.lease_id == lease_id]
             if all(other.ended.is_set() for other in live):
-                self._lease_service().handle(Drained(lease_id))
-            known = {lease.lease_id for lease in self._lease_service().leases}
-            if lease_id not in known and self._executions.get(execution.key) is execution:
-                del self._executions[execution.key]
+                self.lease_service.handle(Drained(lease_id))
+            known = {lease.lease_id for lease in self.lease_service.leases}
+            if lease_id not in known and self._executions.get(key) is execution:
+                del self._executions[key]
 
     async def _cancel(self, caller: str, request: CancelJob) -> Acknowledged:
         self._of(caller, request.job_id, request.kind).stop("its scheduler cancelled it")
@@ -162,8 +155,3 @@ class Jobs:
             if (executor.kind, executor.name) == (kind, name):
                 return executor
         raise Refused("unsupported", f"no executor {name!r} for {kind} jobs here")
-
-    def _lease_service(self) -> LeaseService:
-        if self.lease_service is None:
-            raise Refused("busy", "this worker is starting")
-        return self.lease_service

@@ -5,9 +5,9 @@ A worker is given one of these; a simulated world gives it executors that live i
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
@@ -28,12 +28,8 @@ class EndSignals:
     kill: trio.Event
 
 
-class RunExecutor(Protocol):
-    """Runs one executor, which may ask ``handlers``, until it has ended; cancelled, nothing of it is left."""
-
-    async def __call__(
-        self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
-    ) -> Exit: ...
+#: runs one executor, which may ask the handlers, until it has ended; cancelled, nothing of it is left
+RunExecutor = Callable[[BridgeHandlers, Path, Launch, EndSignals], Awaitable[Exit]]
 
 
 async def run_process(
