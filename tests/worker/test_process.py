@@ -245,8 +245,7 @@ ADOPTS = """
 import sys, trio
 from pathlib import Path
 from hypha.config.inherited import child_environment
-from hypha.worker.processes.keepers import Launch
-from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.keepers import Launch, Orphans
 from hypha.worker.processes.process import Supervision, run_executor
 
 async def main():

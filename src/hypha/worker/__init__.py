@@ -24,7 +24,7 @@ async def run_worker(
     """Work until cancelled; ``task_status`` gives this node once it listens and receives requests.
     ``emit_spans`` exports the spans of executors, and must not block; without, they record none. ``alone``:
     this process does nothing else, so it adopts and ends what executors leave behind
-    (:mod:`hypha.worker.processes.orphans`), and lets none of this user's processes look into it.
+    (:mod:`hypha.worker.processes.keepers`), and lets none of this user's processes look into it.
 
     Cancelled, it kills its executors and is gone within 5 s. Raises ConfigError (IdentityError).
     """

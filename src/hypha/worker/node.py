@@ -46,7 +46,7 @@ from hypha.worker.limits.devices import Visibility, memory_of_each
 from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.processes.isolation import check_bubblewrap
-from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.keepers import Orphans
 from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import ExecutorHost, open_host
 from hypha.worker.signals import shown, watch_resources

@@ -28,11 +28,10 @@ from hypha.worker.processes.keepers import (
     KILLED_WITHIN_S,
     Keeper,
     Launch,
+    Orphans,
     OwnExecutor,
-    end_keeper,
     start_keeper,
 )
-from hypha.worker.processes.orphans import Orphans
 from hypha.worker.processes.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
@@ -262,11 +261,11 @@ async def _attend(
         stopped = True
         keeper.signal_group(signal.SIGTERM)
         await trio.sleep(grace_s)
-        await end_keeper(keeper)
+        await keeper.end()
 
     async def kill_when_set(asked: trio.Event) -> None:
         await asked.wait()
-        await end_keeper(keeper)
+        await keeper.end()
 
     async def read() -> None:
         async for data in keeper.output:
@@ -287,7 +286,7 @@ async def _attend(
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await end_keeper(keeper)
+            await keeper.end()
             await keeper.aclose()
     code = -signal.SIGKILL if keeper.code is None else keeper.code
     if launch.isolated and code > SIGNALLED:
