@@ -12,10 +12,9 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.messages import Resources
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.limits.confining import Confined
 from hypha.worker.limits.devices import GpuShare, Visibility
 from hypha.worker.limits.gpus import Gpu
-from hypha.worker.limits.limits import Means
+from hypha.worker.limits.limits import Confined, Means
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
@@ -52,8 +51,8 @@ async def run(directory: JobDirectory, confined: Confined, script: str) -> tuple
         with trio.fail_after(30):
             ended = await run_executor(confined.launch(launch), trio.Event(), 1.0, kill=kill)
         nursery.cancel_scope.cancel()
-    confined.judge(ended)
-    await confined.remove()
+    confined.judge(ended.code != 0 and not ended.stopped)
+    await confined.limits.remove()
     return ended, told
 
 

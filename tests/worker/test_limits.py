@@ -15,7 +15,6 @@ from hypha.config.inherited import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import (
-    Bounds,
     CgroupPlaces,
     find_cgroups,
     make_groups,
@@ -109,14 +108,14 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
         assert all(group.is_dir() for group in limits.groups)
         ended = await eat(tmp_path, limits)
         assert ended.code == -9
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
     finally:
         await limits.remove()
     assert not any(group.exists() for group in limits.groups)
     roomy = apply_limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=1))
     try:
         assert (await eat(tmp_path, roomy)).code == 0
-        assert roomy.verdict() == ""
+        assert roomy.denied() is None
     finally:
         await roomy.remove()
 
@@ -206,11 +205,11 @@ def test_the_bound_of_processes_grows_with_the_cores() -> None:
 def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path) -> None:
     limits = Limits("1 GB memory by cgroup v2", groups=(tmp_path,))
     (tmp_path / "memory.events").write_text("low 0\nhigh 3\nmax 9\noom 0\noom_kill 0\n")
-    assert limits.verdict() == ""
+    assert limits.denied() is None
     (tmp_path / "pids.events").write_text("max 4\n")
-    assert "refused another process or thread 4 times" in limits.verdict()
+    assert "refused another process or thread 4 times" in str(limits.denied())
     (tmp_path / "memory.events").write_text("max 9\noom 1\noom_kill 1\n")
-    assert "want of memory" in limits.verdict()
+    assert "want of memory" in str(limits.denied())
 
 
 def test_groups_of_workers_that_were_killed_are_removed(tmp_path: Path) -> None:
@@ -262,7 +261,8 @@ def test_a_delegated_v2_gives_what_it_has_to_executors(tmp_path: Path) -> None:
     # this process moved into a leaf, as a group with processes of its own gives its children nothing
     assert (place / "hypha-worker" / "cgroup.procs").read_text() == str(os.getpid())
     assert (place / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
-    groups = make_groups(CgroupPlaces(place, {}, usable_v2(place)), "hypha-x", Bounds(2.0, 0.001, 64))
+    places = CgroupPlaces(place, {}, usable_v2(place))
+    groups = make_groups(places, "hypha-x", Resources(memory=2.0, cpu=0.001), 64)
     assert groups == (place / "hypha-x",)
     written = {path.name: path.read_text() for path in groups[0].iterdir()}
     assert written == {

@@ -246,7 +246,7 @@ async def test_cgroups_hold(bridges: Network) -> None:
     try:
         ended = await run(launch(bridges, EATS, *limits.launch_options()))
         assert ended.code == -9, ended.tail
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
     finally:
         await limits.remove()
 

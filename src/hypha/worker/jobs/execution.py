@@ -21,8 +21,8 @@ from hypha.waiting import log_waiting, reminded
 from hypha.worker.jobs.starting import EndSignals
 from hypha.worker.jobs.traffic import FILES, ExecutionContext, ExecutorTraffic
 from hypha.worker.jobs.watch import keep_watch
-from hypha.worker.limits.confining import Confined
 from hypha.worker.limits.devices import GpuShare
+from hypha.worker.limits.limits import Confined
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.isolation import isolate
 from hypha.worker.processes.keepers import Launch
@@ -141,14 +141,16 @@ class Execution:
                 self._gpus,
                 self.traffic.directory,
             )
-            logger.info("Starting the executor. Limits: %s.", confined.description, extra=self.traffic.fields)
+            logger.info(
+                "Starting the executor. Limits: %s.", confined.limits.description, extra=self.traffic.fields
+            )
             environment = confined.environment(self._context.environment)
             launch = prepare_launch(self._executor, self.traffic.job, self.traffic.directory, environment)
             if self._executor.runtime == "bwrap":
                 launch = isolate(launch, self._executor, self.traffic.directory, self._context.config)
             ended = await self._serve_process(confined.launch(launch), confined)
             if not (why := self.traffic.watch.verdict):
-                confined.judge(ended)
+                confined.judge(ended.code != 0 and not ended.stopped)
                 why = "" if confined.excess is None else confined.excess.message
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
         except (HyphaError, OSError) as exc:
@@ -158,7 +160,7 @@ class Execution:
         finally:
             if confined is not None:
                 with trio.CancelScope(shield=True):
-                    await confined.remove()
+                    await confined.limits.remove()
 
     async def _serve_process(self, launch: Launch, confined: Confined) -> Exit:
         kill = trio.Event()

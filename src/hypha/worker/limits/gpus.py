@@ -48,21 +48,21 @@ class Gpu:
 
 def find_gpus(
     environment: Mapping[str, str],
-    proc: Path = Path("/proc"),
-    sys_: Path = Path("/sys"),
+    root: Path = Path("/"),
     memory_bytes: float = 0.0,
     read: Callable[[], Sequence[GpuReading]] = read_gpus,
 ) -> tuple[Gpu, ...]:
-    """Those of the first vendor that has any, since an executor uses one framework. ``memory_bytes`` is the
-    machine's; ``read`` asks NVIDIA's library. Blocks for some milliseconds.
+    """Those of the first vendor that has any, since an executor uses one framework. The kernel
+    describes itself below ``root``, ``memory_bytes`` is the machine's, ``read`` asks NVIDIA's library. Blocks
+    for some milliseconds.
     """
     nvidia = [
         Gpu("nvidia", one.index, one.model or "NVIDIA GPU", one.total_bytes, "nvidia-ml-py", one.identifier)
         for one in read()
-    ] or list(_of_nvidia_proc(proc / "driver" / "nvidia" / "gpus"))
+    ] or list(_of_nvidia_proc(root / "proc" / "driver" / "nvidia" / "gpus"))
     if nvidia:
         return _visible(nvidia, environment)
-    amd = list(_of_rocm(sys_ / "class" / "kfd" / "kfd" / "topology" / "nodes"))
+    amd = list(_of_rocm(root / "sys" / "class" / "kfd" / "kfd" / "topology" / "nodes"))
     if amd:
         return _visible(amd, environment)
     if sys.platform == "darwin" and platform.machine() == "arm64":

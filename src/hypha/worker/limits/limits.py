@@ -12,19 +12,23 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from hypha.errors import ConfigError, Problem
 from hypha.messages import Resources
-from hypha.worker.limits.cgroups import GB, Bounds, CgroupPlaces, counted, make_groups, remove_group
+from hypha.runtime import is_simulated
+from hypha.telemetry.instruments import LIMITS_EXCEEDED
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.limits.cgroups import GB, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.limits.cores import CorePins
-from hypha.worker.limits.devices import Visibility
+from hypha.worker.limits.devices import GpuShare, Visibility
 from hypha.worker.limits.gpus import VISIBLE, Gpu
 from hypha.worker.limits.quotas import ProjectQuotas, Volume
-from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess
+from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess, keep_within
+from hypha.worker.processes.keepers import Launch
 
 logger = logging.getLogger(__name__)
 
@@ -102,10 +106,6 @@ class Limits:
                 )
         return None
 
-    def verdict(self) -> str:
-        """What :meth:`denied` says; empty when nothing was."""
-        return "" if (found := self.denied()) is None else found.message
-
     async def remove(self) -> None:
         """Delete the cgroups, give back the cores."""
         if self.pins is not None:
@@ -115,12 +115,6 @@ class Limits:
             quotas.release(number)
         for group in self.groups:
             await remove_group(group)
-
-
-def _threads(resources: Resources) -> dict[str, str]:
-    if not resources.cpu:
-        return {}
-    return thread_environment(max(1, math.floor(resources.cpu)))
 
 
 def thread_environment(count: int) -> dict[str, str]:
@@ -235,7 +229,7 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     groups: tuple[Path, ...] = ()
     if mode != "rlimit" and places:
         try:
-            groups = make_groups(places, name, Bounds(resources.memory, resources.cpu, processes))
+            groups = make_groups(places, name, resources, processes)
         except OSError as exc:
             if mode == "cgroup":
                 raise no_cgroups() from exc
@@ -243,7 +237,8 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
             places = CgroupPlaces()
     else:
         places = CgroupPlaces()
-    limits = Limits("", _threads(resources), groups)
+    threads = thread_environment(max(1, math.floor(resources.cpu))) if resources.cpu else {}
+    limits = Limits("", threads, groups)
     parts: list[str] = []
     if resources.memory:
         if version := places.version("memory"):
@@ -275,3 +270,60 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     limits.quota = Quota(int(resources.storage * GB), watched)
     limits.description = ", ".join(parts) or "no limits: the lease reserves nothing that can be enforced"
     return limits
+
+
+class Confined:
+    """Everything that holds one executor to its lease of ``resources``, with ``gpus`` and ``directory``: made
+    before it starts; its :attr:`limits`, whose cgroups are called ``name``, are removed when it has ended.
+    :attr:`excess` tells what it was ended, or denied something, for. Raises :class:`ConfigError` when the
+    configuration insists on cgroups and there are none.
+    """
+
+    def __init__(
+        self, means: Means, name: str, resources: Resources, gpus: GpuShare, directory: JobDirectory
+    ) -> None:
+        self.limits = apply_limits(means, name, resources, directory.bounded)
+        self._means = means
+        self._gpus = gpus
+        self._directory = directory
+        self._keeper: int | None = None
+        self.excess: Excess | None = None
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """``inherited``, and what tells the executor how much it has."""
+        gpus, hidden = self._means.gpus, self._means.gpus.hidden()
+        return {
+            **gpus.environment(self._gpus, capped=self._means.mode != "none"),
+            **{name: value for name, value in inherited.items() if name not in hidden},
+            **self.limits.environment,
+        }
+
+    def launch(self, launch: Launch) -> Launch:
+        """``launch``, whose keeper applies the kernel's part."""
+        return replace(
+            launch,
+            keeper_options=(*launch.keeper_options, *self.limits.launch_options()),
+            on_start=self._started,
+        )
+
+    def _started(self, keeper: int) -> None:
+        self._keeper = keeper
+
+    async def watch(self, exceeded: Callable[[Excess], None]) -> None:
+        """Look at what no kernel bounds, and report when it is too much; no simulated executor has that."""
+        if is_simulated():
+            return
+        places, shared = self._directory.occupied, self._directory.part("slices")
+        found = await keep_within(self.limits.quota, places, shared, lambda: self._keeper)
+        if found is not None:
+            self.excess = found
+            exceeded(found)
+
+    def judge(self, failed: bool) -> None:
+        """It has ended, and if it ``failed``, nobody knows why: was it denied something? Counts what was
+        exceeded.
+        """
+        if self.excess is None and failed:
+            self.excess = self.limits.denied()
+        if self.excess is not None:
+            LIMITS_EXCEEDED.add(resource=self.excess.resource)

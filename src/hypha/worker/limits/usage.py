@@ -104,13 +104,9 @@ def count_tasks(keeper: int) -> int:
 
 
 async def keep_within(
-    quota: Quota,
-    places: tuple[Path, ...],
-    shared: Path,
-    keeper: Callable[[], int | None],
-    exceeded: Callable[[Excess], None],
-) -> None:
-    """Look until ``quota`` is exceeded, and report that once. ``keeper`` gives the process to look below,
+    quota: Quota, places: tuple[Path, ...], shared: Path, keeper: Callable[[], int | None]
+) -> Excess | None:
+    """Look until ``quota`` is exceeded; None where there is none. ``keeper`` gives the process to look below,
     once there is one.
     """
     while quota:
@@ -121,5 +117,5 @@ async def keep_within(
         if quota.processes and pid is not None:
             tasks = await in_thread(count_tasks, pid, abandon_on_cancel=True)
         if (found := excess(quota, disk, tasks)) is not None:
-            exceeded(found)
-            return
+            return found
+    return None
