@@ -205,7 +205,7 @@ async def serve(
         config=config,
         cache=SliceCache(config.work_dir.resolve() / "cache", config.cache),
         allowance=allowance,
-        connectors=Connectors(allowance, node.request, node.transfers.pull),
+        connectors=Connectors(allowance, node),
         means=means,
         environment=environment,
         backend=backend,

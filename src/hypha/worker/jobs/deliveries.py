@@ -8,7 +8,7 @@ one dead worker does not hold up a round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ import trio
 
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Delivery, PeerRef, TransferMeta
+from hypha.node import Transfers
 from hypha.runtime import chance
 from hypha.telemetry.instruments import BROADCAST_DURATION, UPDATE_SEND_DURATION
 
@@ -24,16 +25,12 @@ logger = logging.getLogger("hypha.worker.send")
 #: A receiver that fails is tried again for this long after its first failure.
 GIVE_UP_AFTER_S = 60.0
 
-#: (receiver, file, what to say of it, for how many seconds to try again)
-Transfer = Callable[[PeerRef, Path, TransferMeta, float], Awaitable[None]]
-
 
 class Deliveries:
-    """All deliveries of one executor; ``transfer`` is ``Transfers.send``."""
+    """All deliveries of one executor, by ``transfers``."""
 
-    def __init__(self, transfer: Transfer, give_up_after_s: float = GIVE_UP_AFTER_S) -> None:
-        self._transfer = transfer
-        self._give_up_after_s = give_up_after_s
+    def __init__(self, transfers: Transfers) -> None:
+        self._transfers = transfers
         #: in the order in which they were asked for
         self._running: dict[_Delivering, None] = {}
 
@@ -103,7 +100,7 @@ class Deliveries:
     ) -> Delivery:
         try:
             with delivering.scope:
-                await self._transfer(receiver, path, meta, self._give_up_after_s)
+                await self._transfers.send(receiver, path, meta, GIVE_UP_AFTER_S)
                 return Delivery(peer=receiver.peer, acknowledged=True)
             return delivering.given_up
         except Refused as exc:

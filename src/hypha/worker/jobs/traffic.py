@@ -117,7 +117,7 @@ class ExecutorTraffic:
         self.outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
         self.directives = Directives()
         self.arrivals = FileArrivals(self.directory.path)
-        self._deliveries = Deliveries(context.node.transfers.send)
+        self._deliveries = Deliveries(context.node.transfers)
         # Who takes part; for an aggregate job unknown until the scheduler reports it.
         self._partners: frozenset[str] | None = None
         self._joiners: frozenset[str] = frozenset()
@@ -135,7 +135,7 @@ class ExecutorTraffic:
         if isinstance(job, TrainJob):
             self.slices = SlicePrefetcher(
                 self._ask_scheduler,
-                context.node.transfers.pull,
+                context.node.transfers,
                 context.cache,
                 SliceDemand(
                     dataset=job.dataset,

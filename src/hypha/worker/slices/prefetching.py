@@ -41,13 +41,13 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net.bulk.files import hash_file
+from hypha.node import Transfers
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
 from hypha.tracing import span
 from hypha.tracing.operations import FETCH_SLICE
 from hypha.tracing.spans import Attribute
 from hypha.waiting import Reminder, in_words
-from hypha.worker.fetch.connectors import Pull
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
 
@@ -103,13 +103,13 @@ class SlicePrefetcher:
     def __init__(
         self,
         ask: Callable[[Request], Awaitable[Response]],
-        pull: Pull,
+        transfers: Transfers,
         cache: SliceCache,
         demand: SliceDemand,
         manifest: ManifestCheck | None = None,
     ) -> None:
         self._ask = ask
-        self._pull = pull
+        self._transfers = transfers
         self._cache = cache
         self._demand = demand
         self._manifest = manifest
@@ -348,7 +348,7 @@ class SlicePrefetcher:
             }
             began = trio.current_time()
             try:
-                await self._pull(provider, what, incoming, expect, assigned.size, still_s)
+                await self._transfers.pull(provider, what, incoming, expect, assigned.size, still_s)
             except TransferCorrupt as exc:
                 logger.error(
                     "Data node %s sent a corrupt slice %s: %s", provider.peer, name, exc, extra=fields
