@@ -10,10 +10,9 @@ import pytest
 from hypha.config.models import WorkerConfig
 from hypha.config.offers import ResourcesConfig
 from hypha.errors import ConfigError
-from hypha.worker import run_worker
 from hypha.worker.limits.cgroups import usable_cgroups
 from hypha.worker.limits.detecting import DetectedMachine
-from hypha.worker.node import offered
+from hypha.worker.node import offered, run_worker
 
 
 def config(**keys: Any) -> WorkerConfig:

@@ -98,7 +98,7 @@ def run(
     loaded = common.load_to_run(PROGRAM, node, logs, ("--work-dir", "work_dir", work_dir))
     from hypha.cli.running import STOP_S, run_service
     from hypha.telemetry.running import emit_spans
-    from hypha.worker import run_worker
+    from hypha.worker.node import run_worker
 
     async def service() -> None:
         await run_worker(loaded, emit_spans=emit_spans(), alone=True)

@@ -62,14 +62,20 @@ LAST_S = 4.0
 STOP_LEAVE_S = 1.5
 
 
-async def work(
+async def run_worker(
     config: WorkerConfig,
-    emit_spans: EmitSpans | None = None,
     *,
+    emit_spans: EmitSpans | None = None,
     alone: bool = False,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """See :func:`hypha.worker.run_worker`."""
+    """Work until cancelled; ``task_status`` gives this node once it listens and receives requests.
+    ``emit_spans`` exports the spans of executors, and must not block; without, they record none. ``alone``:
+    this process does nothing else, so it adopts and ends what executors leave behind
+    (:class:`~hypha.worker.processes.keepers.Orphans`), and lets none of this user's processes look into it.
+
+    Cancelled, it kills its executors and is gone within 5 s. Raises ConfigError (IdentityError).
+    """
     if alone:
         # executors run as the same user: the key in memory, and secrets in the environment, are not theirs
         keeper.deny_inspection()

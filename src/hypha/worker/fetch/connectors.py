@@ -125,9 +125,8 @@ class Connectors:
         self, peer: PeerRef, resource: str, directory: Path, job_id: str, have: dict[str, str]
     ) -> list[Path]:
         kind, _, name = resource.partition("/")
-        answer = await self._node.request(
-            peer, ListFiles(kind=kind, name=name, job_id=job_id), timeout_s=30.0
-        )
+        listing = ListFiles(kind=kind, name=name, job_id=job_id)
+        answer = await self._node.request(peer, listing, timeout_s=30.0)
         if not isinstance(answer, FileList):
             raise Refused("malformed", f"expected a list of files, got {type(answer).__name__}", peer.peer)
         paths = []

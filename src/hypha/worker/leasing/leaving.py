@@ -29,7 +29,7 @@ HAND_BACK_SHARE, HAND_BACK_S = 0.2, 1.0
 
 class Leaving:
     """Of one worker, whose leases are at ``lease_service``. :meth:`run` does the work, beside the rest of the
-    worker; :attr:`left` is set when it is over.
+    worker.
     """
 
     def __init__(self, node: Node, lease_service: LeaseService) -> None:
@@ -39,7 +39,6 @@ class Leaving:
         #: when the worker ends, and why, once it leaves
         self.ends_at: float | None = None
         self.reason = ""
-        self.left = trio.Event()
         #: when what is leased still is handed back
         self._hand_back_at = 0.0
         #: a scheduler that does not answer is asked again as long as there is time
@@ -97,13 +96,10 @@ class Leaving:
     async def run(self) -> None:
         """Once it begins to leave: report to schedulers, wait until nothing runs, hand back what is left."""
         await self._begun.wait()
-        try:
-            async with trio.open_nursery() as nursery:
-                await self._until_nothing_runs(nursery)
-                nursery.cancel_scope.cancel()
-            await self._hand_back()
-        finally:
-            self.left.set()
+        async with trio.open_nursery() as nursery:
+            await self._until_nothing_runs(nursery)
+            nursery.cancel_scope.cancel()
+        await self._hand_back()
 
     def _accepted(self) -> list[Lease]:
         return [lease for lease in self._lease_service.leases if lease.accepted]

@@ -84,7 +84,8 @@ class ReplicaStore:
 
     def __init__(self, directory: Path, config: StorageConfig) -> None:
         self._directory = directory
-        self._max_bytes = int(config.checkpoints_gb * GB)
+        #: what the owner offers
+        self.max_bytes = int(config.checkpoints_gb * GB)
         self._max_age_s = config.keep_days * _DAY_S
         self._leased: frozenset[str] = frozenset()
         self._lock = threading.Lock()
@@ -103,11 +104,6 @@ class ReplicaStore:
     def _files(self) -> int:
         """In all copies, those on their way included."""
         return sum(job.files for job in self._jobs.values())
-
-    @property
-    def max_bytes(self) -> int:
-        """What the owner offers."""
-        return self._max_bytes
 
     @property
     def owners(self) -> frozenset[tuple[str, str]]:
@@ -132,7 +128,7 @@ class ReplicaStore:
                     self._touch(job)
                     self._prune(job, {*request.keep, index.round})
                     return ()
-            if not self._max_bytes:
+            if not self.max_bytes:
                 text = "this worker's owner offers no storage for checkpoints (storage.checkpoints_gb)"
                 raise Refused("not-allowed", text)
             if caller not in leased:
@@ -262,11 +258,11 @@ class ReplicaStore:
                 shutil.rmtree(self._incoming(other), ignore_errors=True)
         if self._files + len(index.files) > MAX_FILES_KEPT:
             raise Refused("no-space", f"this worker keeps {MAX_FILES_KEPT} files of checkpoints at most")
-        needed, free = index.size, self._max_bytes - self.used_bytes
+        needed, free = index.size, self.max_bytes - self.used_bytes
         if needed > free:
             raise Refused(
                 "no-space",
-                f"a checkpoint of {needed} bytes does not fit: of the {self._max_bytes} bytes that this "
+                f"a checkpoint of {needed} bytes does not fit: of the {self.max_bytes} bytes that this "
                 f"worker's owner offers (storage.checkpoints_gb) {max(0, free)} are free",
             )
 
