@@ -45,7 +45,7 @@ from hypha.telemetry import instruments as metrics
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 EXECUTORS = (
     ExecutorDescriptor(kind="train", name="diloco-transformer"),

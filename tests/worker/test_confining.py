@@ -12,8 +12,7 @@ import trio
 from hypha.config.inherited import child_environment
 from hypha.messages import Resources
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.limits.devices import GpuShare, Visibility
-from hypha.worker.limits.gpus import Gpu
+from hypha.worker.limits.gpus import Gpu, GpuShare, Visibility
 from hypha.worker.limits.limits import Confined, Means
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.keepers import Launch

@@ -20,7 +20,7 @@ from hypha.worker.control import Call, send_call, serve_control, socket_in
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 T = TypeVar("T")
 

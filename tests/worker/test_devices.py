@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from hypha.worker.limits.devices import (
+from hypha.worker.limits.gpus import (
     MEMORY_VARIABLE,
+    Gpu,
     GpuBoard,
     GpuShare,
     Visibility,
     memory_of_each,
     sees_no_gpu,
 )
-from hypha.worker.limits.gpus import Gpu
 
 A = Gpu("nvidia", "0", "A", 24 * 10**9, "here", "GPU-a")
 B = Gpu("nvidia", "1", "B", 24 * 10**9, "here", "GPU-b")

@@ -17,7 +17,7 @@ from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived, SendOffer
 from hypha.worker.leasing.service import MAX_LOGGED, LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")

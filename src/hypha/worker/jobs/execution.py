@@ -21,7 +21,7 @@ from hypha.waiting import log_waiting, reminded
 from hypha.worker.jobs.starting import EndSignals
 from hypha.worker.jobs.traffic import FILES, ExecutionContext, ExecutorTraffic
 from hypha.worker.jobs.watch import keep_watch
-from hypha.worker.limits.devices import GpuShare
+from hypha.worker.limits.gpus import GpuShare
 from hypha.worker.limits.limits import Confined
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.isolation import isolate

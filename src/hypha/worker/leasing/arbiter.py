@@ -11,13 +11,13 @@ cannot be delivered, or are kept without an answer) is offered nothing for a whi
 accepts one. What a strategy offers:
 
 - ``flexible``: exactly what was asked for. ``utilization`` and ``affinity`` offer the same, at a price that
-  follows the load, or is lower for some (:mod:`hypha.worker.leasing.pricing`).
+  follows the load, or is lower for some (:mod:`hypha.worker.leasing.terms`).
 - ``whole``: to a training job everything that is free at that moment, since a larger batch is what it
   can use it for; to a parameter server, which has no use for more, exactly what was asked for. So a
   worker hosts both under two leases when the parameter server comes first, and never when it does not:
   an owner who wants both in any order takes ``flexible``.
 
-GPU memory is given of one GPU, or of several that nobody uses (:mod:`hypha.worker.limits.devices`): what is
+GPU memory is given of one GPU, or of several that nobody uses (:mod:`hypha.worker.limits.gpus`): what is
 free on no GPU by itself is not offered.
 
 The price offered is the worker's at that moment, or the bid where that is higher: a scheduler pays what it
@@ -50,7 +50,7 @@ from hypha.leases import (
 from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
 from hypha.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
-from hypha.worker.leasing.ageing import Ageing, Waiter
+from hypha.worker.leasing.ageing import Ageing, FailedOffers, Waiter
 from hypha.worker.leasing.events import (
     ArbiterAction,
     ArbiterBegan,
@@ -65,9 +65,8 @@ from hypha.worker.leasing.events import (
     RequestReceived,
     SendOffer,
 )
-from hypha.worker.leasing.pricing import Pricing, load_of
-from hypha.worker.leasing.vetting import FailedOffers, Vetting, WorkerCapacity
-from hypha.worker.limits.devices import GpuBoard
+from hypha.worker.leasing.terms import Pricing, Vetting, WorkerCapacity, load_of
+from hypha.worker.limits.gpus import GpuBoard
 
 #: of an arbiter's entries in a journal
 NAME = "arbiter"

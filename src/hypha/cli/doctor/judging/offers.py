@@ -27,9 +27,9 @@ from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import Ignored, RequestReceived, SendOffer
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.limits.detecting import DetectedMachine
-from hypha.worker.limits.devices import memory_of_each
+from hypha.worker.limits.gpus import memory_of_each
 
 #: nobody's: only that they differ counts
 _SCHEDULER, _WORKER = PeerRef(peer="scheduler"), PeerRef(peer="worker")

@@ -1,15 +1,22 @@
-"""What a worker asks for one lease at this moment, as a pure machine: :class:`Pricing`.
+"""An owner's terms, as pure machines: which requests a worker would serve, and what it asks for one lease.
 
-At rest that is ``offer.price``. With the strategy ``utilization`` it follows the load in steps, so that an
-overloaded worker becomes dearer and an idle one cheaper; between the two thresholds of the load it stays as
-it is (hysteresis), so that one lease more or less does not make it swing. With ``affinity`` it is lower for
-schedulers and data that the owner prefers. It is never below ``offer.floor``.
+At rest the price is ``offer.price``. With the strategy ``utilization`` it follows the load in steps, so that
+an overloaded worker becomes dearer and an idle one cheaper; between the two thresholds of the load it stays
+as it is (hysteresis), so that one lease more or less does not make it swing. With ``affinity`` it is lower
+for schedulers and data that the owner prefers. It is never below ``offer.floor``.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from hypha.config.offers import OfferConfig
-from hypha.messages import Resources
+from hypha.features import OURS, Abilities, printable
+from hypha.messages import ExecutorDescriptor, Resources, WorkerRequest
+from hypha.resources import fits, is_valid
+from hypha.worker.leasing.events import Cause
 
 #: a bid below this share of the price counts as this share when requests are put in order: one of nothing
 #: would count as nothing however long it waits
@@ -120,3 +127,57 @@ class Pricing:
         if self.terms.strategy != "utilization" or direction == 0:
             return False
         return self._at(self.level + direction) != self.asked
+
+
+@dataclass(frozen=True)
+class WorkerCapacity:
+    """What a worker has: ``total`` resources, the GPU memory among them that of ``gpus`` (GB of each, where
+    these are known), the executors it runs, and what its version can do.
+    """
+
+    total: Resources
+    executors: Sequence[ExecutorDescriptor]
+    gpus: Sequence[float] = ()
+    abilities: Abilities = OURS
+
+
+class Vetting:
+    """Judges single requests by what the worker has and by the owner's ``terms``."""
+
+    def __init__(self, capacity: WorkerCapacity, terms: OfferConfig, pricing: Pricing) -> None:
+        self._total, self._abilities = capacity.total, capacity.abilities
+        self._executors = frozenset((executor.kind, executor.name) for executor in capacity.executors)
+        self._terms = terms
+        self._pricing = pricing
+
+    def unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
+        """Why this worker will never serve ``request``, whatever is free."""
+        if request.scheduler.peer != publisher:
+            return "it names another scheduler than the one that published it", "other"
+        if (request.executor.kind, request.executor.name) not in self._executors:
+            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here", "executor"
+        if lacking := self._abilities.lacks(request.needs):
+            named = ", ".join(printable(name) for name in lacking)
+            return (
+                f"its job needs what {self._abilities} does not have ({named}); upgrade this worker",
+                "features",
+            )
+        if not is_valid(request.resources) or request.count < 1:
+            return "it asks for amounts that make no sense", "resources"
+        # a comparison with NaN is always False, so each bound is stated as what must hold
+        if not (math.isfinite(request.bid) and request.bid >= 0):
+            return "its bid makes no sense", "price"
+        if not (math.isfinite(request.offer_within_s) and request.offer_within_s > 0):
+            return "it leaves no time for an offer", "other"
+        if not request.bid >= self._terms.floor:
+            return f"its bid is below this worker's floor of {self._terms.floor:g}", "price"
+        if not fits(request.resources, self._total):
+            return "it asks for more than this worker has", "resources"
+        return None
+
+    def too_low(self, request: WorkerRequest, cached: bool) -> tuple[str, Cause] | None:
+        """Why its bid gets no offer at this moment, not even one at another price."""
+        asked = self._pricing.asked_of(request.scheduler.peer, cached)
+        if self._terms.counter or request.bid >= asked:
+            return None
+        return f"its bid is below this worker's price of {asked:g}", "price"
