@@ -25,6 +25,7 @@ from hypha.runtime import in_thread, is_simulated, lack_of_space
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.telemetry.page import worker_routes
+from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
@@ -49,7 +50,7 @@ from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.keepers import Orphans
 from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import ExecutorHost, open_host
-from hypha.worker.signals import shown, watch_resources
+from hypha.worker.signals import shown
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
@@ -117,7 +118,8 @@ async def run_worker(
                             run_process,
                             supervision=Supervision(host, running, orphans if alone else None),
                         )
-                        async with watch_resources(config.work_dir, lambda: dict(running)):
+                        disks = watch_disks({"work_dir": [config.work_dir]})
+                        async with disks, watch_machine(lambda: dict(running)):
                             node.health_details.append(lambda: words)
                             await serve(
                                 config,

@@ -80,20 +80,18 @@ class Connectors:
             raise
 
     async def _fetch(self, reference: Reference, directory: Path, job_id: str) -> list[Path]:
-        limit = self._allowance.max_file_bytes
         match reference:
-            case Uri(value=value):
-                fetch = partial(fetch_uri, value, directory, self._allowance)
-                return await _reminding(_without_secrets(value), directory, job_id, fetch)
-            case HuggingFace(repository=repository):
-                fetch = partial(fetch_hub, reference, directory, limit)
-                return await _reminding(repository, directory, job_id, fetch)
-            case Local(url=url):
-                fetch = partial(fetch_local, url, directory, self._allowance)
-                return await _reminding(_without_secrets(url), directory, job_id, fetch)
             case Peers():
                 return await self._fetch_peers(reference, directory, job_id)
-        raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
+            case Uri(value=what):
+                fetch = partial(fetch_uri, what, directory, self._allowance)
+            case HuggingFace(repository=what):
+                fetch = partial(fetch_hub, reference, directory, self._allowance.max_file_bytes)
+            case Local(url=what):
+                fetch = partial(fetch_local, what, directory, self._allowance)
+            case _:
+                raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
+        return await _reminding(_without_secrets(what), directory, job_id, fetch)
 
     async def _fetch_peers(self, reference: Peers, directory: Path, job_id: str) -> list[Path]:
         """The whole resource from one peer, the next one where a peer fails. Which peers are asked first

@@ -32,7 +32,7 @@ class Deliveries:
     def __init__(self, transfers: Transfers) -> None:
         self._transfers = transfers
         #: in the order in which they were asked for
-        self._running: dict[_Delivering, None] = {}
+        self._running: list[_Delivering] = []
 
     async def deliver(
         self,
@@ -66,34 +66,30 @@ class Deliveries:
 
     def keep_only(self, kind: str, peers: Collection[str]) -> None:
         """Give up deliveries of ``kind`` to anybody else."""
-        for delivering in list(self._running):
-            if delivering.kind == kind and delivering.peer not in peers:
+        for delivering in self._running:
+            if delivering.meta.kind == kind and delivering.peer not in peers:
                 delivering.give_up("uninvited", "it takes no part in the job any more")
 
     async def _deliver(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> Delivery:
         turn = _turn(meta)
         # asked for again because it takes long: a second one would only be in its way
-        while (same := self._same(meta, receiver.peer)) is not None:
-            await same.ended.wait()
-            if same.outcome is not None:
-                return same.outcome
-        for other in list(self._running):
-            if (other.kind, other.peer) == (meta.kind, receiver.peer) and other.turn < turn:
+        while same := [one for one in self._running if (one.meta, one.peer) == (meta, receiver.peer)]:
+            await same[0].ended.wait()
+            if same[0].outcome is not None:
+                return same[0].outcome
+        for other in self._running:
+            if (other.meta.kind, other.peer) == (meta.kind, receiver.peer) and _turn(other.meta) < turn:
                 other.give_up("stale", f"overtaken by round {turn[1]}")
-        delivering = _Delivering(meta, receiver.peer, turn)
-        self._running[delivering] = None
+        delivering = _Delivering(meta, receiver.peer)
+        self._running.append(delivering)
         began = trio.current_time()
         try:
             delivering.outcome = await self._outcome(delivering, path, meta, receiver)
             _record(meta, receiver, delivering.outcome, trio.current_time() - began)
             return delivering.outcome
         finally:
-            del self._running[delivering]
+            self._running.remove(delivering)
             delivering.ended.set()
-
-    def _same(self, meta: TransferMeta, peer: str) -> _Delivering | None:
-        """That very file on its way to ``peer``."""
-        return next((one for one in self._running if (one.meta, one.peer) == (meta, peer)), None)
 
     async def _outcome(
         self, delivering: _Delivering, path: Path, meta: TransferMeta, receiver: PeerRef
@@ -140,13 +136,9 @@ def _turn(meta: TransferMeta) -> tuple[int, int, int]:
 
 
 class _Delivering:
-    """One file on its way to one receiver."""
-
-    def __init__(self, meta: TransferMeta, peer: str, turn: tuple[int, int, int]) -> None:
+    def __init__(self, meta: TransferMeta, peer: str) -> None:
         self.meta = meta
-        self.kind = meta.kind
         self.peer = peer
-        self.turn = turn
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
         #: None until it has ended, and when whoever asked for it did not wait
@@ -155,6 +147,5 @@ class _Delivering:
         self.given_up = Delivery(peer=peer, acknowledged=False)
 
     def give_up(self, error: str, detail: str) -> None:
-        """Nobody needs it any more."""
         self.given_up = Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)
         self.scope.cancel()

@@ -58,7 +58,7 @@ from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
 from hypha.worker.jobs.inbox import ExecutorInbox
 from hypha.worker.jobs.starting import ExecutorBackend
-from hypha.worker.jobs.watch import Patience, Watch
+from hypha.worker.jobs.watch import Watch
 from hypha.worker.limits.limits import Means
 from hypha.worker.processes.process import secrets_of
 from hypha.worker.slices.cache import SliceCache
@@ -111,7 +111,7 @@ class ExecutorTraffic:
         self.directory = JobDirectory.create(context.config.work_dir)
         self.incarnation = self.directory.path.name
         self.fields = {"job_id": job.job_id, "lease_id": lease.lease_id, "executor": executor.name}
-        self.watch = Watch(Patience.of(context.config, executor, job), trio.current_time())
+        self.watch = Watch.of(context.config, executor, job, trio.current_time())
         self.signals = ExecutionSignals(job, lease.lease_id, emits=context.backend.emit_spans is not None)
         self.spans = ExecutorSpans(context.backend.emit_spans, job.job_id, secrets_of(job))
         self.outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)

@@ -320,18 +320,15 @@ class SlicePrefetcher:
 
     async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         """Have one of the providers send it, whole; False when none did."""
-        began, status = trio.current_time(), ""
+        began = trio.current_time()
         try:
             pulled = await self._pull_in_turn(assigned, path, patience_s)
-            status = "success" if pulled else "failure"
-            return pulled
         except Exception:
-            status = "failure"
+            FETCH_DURATION.record(trio.current_time() - began, status="failure")
             raise
-        finally:
-            # neither where it was cancelled, which may come as a group
-            if status:
-                FETCH_DURATION.record(trio.current_time() - began, status=status)
+        # not where it was cancelled, which may come as a group
+        FETCH_DURATION.record(trio.current_time() - began, status="success" if pulled else "failure")
+        return pulled
 
     async def _pull_in_turn(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         name = f"{assigned.dataset}/{assigned.index}"
