@@ -51,7 +51,6 @@ class ControlReply(Value, frozen=True):
 
 
 def socket_in(work_dir: Path) -> Path:
-    """Where a worker with that work directory listens."""
     return work_dir / "control.sock"
 
 

@@ -37,7 +37,6 @@ part of that trace."""
 
 
 def openapi() -> dict[str, object]:
-    """An OpenAPI 3.1 document."""
     calls = [FetchCall, SendCall, ReceiveCall, StatusCall, SpansCall]
     types = [*calls, Job, FetchedFile, Sent, ReceivedFile, Directive, BridgeError]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)

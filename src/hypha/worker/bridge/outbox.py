@@ -59,13 +59,7 @@ class Outbox:
         if len(self._waiting) >= MAX_WAITING or size > MAX_WAITING_BYTES:
             raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler")
 
-    @property
-    def waiting(self) -> int:
-        """Events not acknowledged yet."""
-        return len(self._waiting)
-
     async def wait_empty(self) -> None:
-        """Return once every event was acknowledged."""
         await self._empty.wait()
 
     async def run(self) -> None:

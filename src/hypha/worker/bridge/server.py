@@ -133,7 +133,6 @@ async def serve_bridge(
 
 
 def make_app(handlers: BridgeHandlers) -> Starlette:
-    """The ASGI application, of one executor."""
     calls, streams = trio.CapacityLimiter(MAX_CALLS), trio.CapacityLimiter(MAX_STREAMS)
 
     async def get_job(_: bytes) -> Response:

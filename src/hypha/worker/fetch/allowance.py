@@ -61,7 +61,6 @@ class Allowance:
             self.read_local(job.checkpoint.place)
 
     def check(self, reference: Reference) -> None:
-        """May this be fetched?"""
         match reference:
             case Uri(value=value):
                 self.uri(value)

@@ -242,7 +242,6 @@ class JobDirectory:
 
 
 def _own_of(path: Path) -> Path:
-    """The worker's own directory beside the job directory ``path``."""
     return path.with_name(f"{_OWN_PREFIX}{path.name.removeprefix(_PREFIX)}")
 
 

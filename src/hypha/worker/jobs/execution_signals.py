@@ -107,7 +107,6 @@ class ExecutionSignals:
         return round_traceparent(stamp.job_id, stamp.generation, stamp.round, traced.ratio)
 
     def steered(self, directive: Directive) -> None:
-        """A directive was passed on."""
         what = directive if isinstance(directive, Plan | CloseRound) else type(directive).__name__
         logger.debug("Passing on %s.", what, extra=self.fields)
         if isinstance(directive, CloseRound) and (
@@ -116,12 +115,10 @@ class ExecutionSignals:
             self._closing = (directive.round, trio.current_time())
 
     def theta_arrived(self, round_: int, size: int) -> None:
-        """Theta of ``round_`` is here."""
         self.round = round_
         logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self.fields)
 
     def reported(self, event: Event) -> None:
-        """The executor reported ``event``."""
         now = trio.current_time()
         match event:
             case Progress():

@@ -41,7 +41,6 @@ class Jobs:
         self.lease_service = LeaseService(arbiter, self._lease_ended, context.cache.datasets)
 
     def answer(self) -> None:
-        """Let schedulers ask."""
         self._context.node.answer(DispatchJob, self._dispatch)
         self._context.node.answer(CancelJob, self._cancel)
         self._context.node.answer(Steer, self._steer)
@@ -56,7 +55,6 @@ class Jobs:
                     del self._executions[key]
 
     def running(self, kind: ExecutorClass) -> int:
-        """How many executors of ``kind`` have not ended."""
         return sum(one.kind == kind and not one.ended.is_set() for one in self._executions.values())
 
     def _health(self) -> dict[str, str]:

@@ -55,7 +55,6 @@ class Watch:
         return min(_LONGEST_PAUSE_S, self._working_s / 10.0 or _LONGEST_PAUSE_S)
 
     def sign(self, event: Event, now: float) -> None:
-        """It sent an event."""
         if isinstance(event, Alive):
             self._watched = True
         else:
@@ -65,7 +64,6 @@ class Watch:
         self._last_at = now
 
     def look(self, now: float) -> bool:
-        """Does it hang?"""
         slept_s = now - self._looked_at
         self._looked_at = now
         if slept_s > 3.0 * self.pause_s:

@@ -86,7 +86,6 @@ class Ageing:
             self._asked[asked] = heard
 
     def blocked(self, waiter: Waiter) -> None:
-        """What it asks for was not free."""
         if (waits := self._waits.get(waiter)) is not None:
             waits.blocked = True
 
@@ -176,7 +175,6 @@ class FailedOffers:
         self._of: dict[str, tuple[int, float]] = {}
 
     def count(self, scheduler: str, now: float) -> None:
-        """One more."""
         times = self._of.pop(scheduler, (0, 0.0))[0] + 1
         pause_s = pause_after(times - 2, FIRST_PAUSE_S, LONGEST_PAUSE_S) if times > 1 else 0.0
         self._of[scheduler] = (times, now + pause_s)

@@ -153,7 +153,6 @@ class Arbiter:
         return min(moments, default=None)
 
     def handle(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
-        """Apply ``event`` at ``now``."""
         self._drawn.clear()
         actions = self._apply(event, now)
         # what is only held with an offer is no load yet
@@ -193,7 +192,6 @@ class Arbiter:
         return self._ageing.contention((lease.scheduler, lease.request_id), now)
 
     def _summary(self) -> dict[str, object]:
-        """Of its state, for the journal."""
         return {
             "waiting": len(self._waiting),
             "leases": len(self.book),
@@ -320,7 +318,6 @@ class Arbiter:
         return ("this worker is drained, or stopping", "closed") if self.closed else None
 
     def _has_an_offer(self, request: WorkerRequest) -> bool:
-        """A temporary lease for its scheduler and class of executor is there."""
         asks = (request.scheduler.peer, request.executor.kind)
         return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
 

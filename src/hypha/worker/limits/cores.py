@@ -52,7 +52,6 @@ class CorePins:
         return chosen
 
     def release(self, cores: tuple[int, ...]) -> None:
-        """The executor with these cores has ended."""
         if cores in self._held:
             for lock in self._held[cores].pop():
                 os.close(lock)

@@ -51,11 +51,9 @@ class DetectedMachine:
 
     @property
     def resources(self) -> Resources:
-        """All of it."""
         return Resources(cpu=self.cpu, memory=self.memory, gpu=self.gpu, storage=self.storage)
 
     def describe(self) -> dict[str, str]:
-        """Each resource in words."""
         gpus = f"{', '.join(map(str, self.gpus))}: {self.gpus[0].source}" if self.gpus else "none"
         return {
             "cpu": f"{self.cpu:g} cores: {self.cpu_by}",
@@ -124,7 +122,6 @@ def detect(
 
 
 def usable_cores() -> tuple[int, ...]:
-    """Numbers of the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))

@@ -189,12 +189,10 @@ class GpuBoard:
             del self._placed[lease_id]
 
     def share_of(self, lease_id: str) -> GpuShare:
-        """What the lease has."""
         parts = self._placed.get(lease_id, {})
         return GpuShare(tuple(sorted(parts)), min(parts.values(), default=0.0))
 
     def fits(self, gpu_gb: float) -> bool:
-        """Whether a lease of so much can be placed now."""
         return gpu_gb <= 0 or not self._gpus or self._place(gpu_gb) is not None
 
     def largest(self, most_gb: float) -> float:

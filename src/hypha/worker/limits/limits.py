@@ -106,7 +106,6 @@ class Limits:
         return None
 
     async def remove(self) -> None:
-        """Delete the cgroups, give back the cores."""
         if self.pins is not None:
             self.pins.release(self.cores)
         if self.project is not None:

@@ -86,7 +86,6 @@ class ProjectQuotas:
         return project
 
     def used_bytes(self, project: int) -> int:
-        """What it takes now."""
         return self._read(project)[2]
 
     def release(self, project: int) -> None:

@@ -107,8 +107,6 @@ class Keeper(ABC):
 
 
 class StartedKeeper(Keeper):
-    """One that is a child process of the worker."""
-
     def __init__(self, process: trio.Process, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream):
         super().__init__(lifeline, output)
         self._process = process

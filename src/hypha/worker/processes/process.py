@@ -143,7 +143,6 @@ def prepare_launch(
 
 
 def _torch_only(job: Job) -> bool:
-    """Does it do without transformers?"""
     return job.model.task == "torch" and job.preprocessor is None
 
 

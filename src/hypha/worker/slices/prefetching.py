@@ -132,7 +132,6 @@ class SlicePrefetcher:
         self._pending = demand.stamp()
 
     async def run(self) -> None:
-        """Prefetch until cancelled."""
         while True:
             while not self._wants_more():
                 await self._changed.wait()

@@ -54,8 +54,6 @@ class Owner(Struct, frozen=True):
 
 @dataclass
 class _Incoming:
-    """A copy that is on its way."""
-
     index: CheckpointIndex
     arrived: set[str] = field(default_factory=set)
 
