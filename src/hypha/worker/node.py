@@ -43,7 +43,7 @@ from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
 from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
-from hypha.worker.limits.gpus import Visibility, memory_of_each
+from hypha.worker.limits.gpus import memory_of_each
 from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
 from hypha.worker.processes.isolation import check_bubblewrap
@@ -97,7 +97,7 @@ async def run_worker(
         mode=config.limits.enforce,
         cgroups=cgroups,
         max_processes=config.limits.max_processes,
-        gpus=Visibility(machine.gpus),
+        gpus=machine.gpus,
         cores=CorePins(usable_cores()),
         quotas=quotas,
     )
@@ -222,7 +222,7 @@ async def serve(
         WorkerCapacity(
             Resources(**config.resources.model_dump()),
             [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
-            memory_of_each(means.gpus.gpus, config.resources.gpu),
+            memory_of_each(means.gpus, config.resources.gpu),
         ),
         config.offer,
         node.ref,

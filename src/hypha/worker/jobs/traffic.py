@@ -305,9 +305,7 @@ class ExecutorTraffic:
         name = call.name or path.name
         if call.generation is not None and call.generation != self.generation:
             raise Refused("stale", f"generation {self.generation} of the job runs here now")
-        stamp = JobStamp(
-            job_id=self.job.job_id, generation=self.generation, round=call.round, attempt=call.attempt
-        )
+        stamp = msgspec.structs.replace(self.stamp(), round=call.round, attempt=call.attempt)
         try:
             async with self._hashing:
                 sent = TransferMeta(

@@ -252,38 +252,27 @@ def memory_of_each(gpus: Sequence[Gpu], offered_gb: float) -> tuple[float, ...]:
     return tuple(amount or share for amount in known)
 
 
-@dataclass(frozen=True)
-class Visibility:
-    """How this worker's ``gpus`` are shown to an executor."""
-
-    gpus: tuple[Gpu, ...] = ()
-
-    def environment(self, share: GpuShare, capped: bool) -> dict[str, str]:
-        """For an executor that has ``share``; ``capped``: its framework is to hold it to the memory of that.
-        Without any GPU it sees none.
-        """
-        if not self.gpus:
-            return {}
-        found: dict[str, str] = {}
-        if (name := VISIBLE.get(self.gpus[0].vendor)) is not None:
-            found[name] = ",".join(self.gpus[number].name for number in share.numbers)
-            if name == "CUDA_VISIBLE_DEVICES" and any(
-                self.gpus[number].name.isdigit() for number in share.numbers
-            ):
-                # the order in which they were numbered; CUDA's own would be by speed
-                found["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-        if capped and share.gb > 0:
-            found[MEMORY_VARIABLE] = str(int(share.gb * GB))
-        return found
-
-    def hidden(self) -> frozenset[str]:
-        """Variables that an executor must not inherit: what it gets of its own, and second filters. An order
-        of devices that the owner has chosen is inherited.
-        """
-        if not self.gpus:
-            return frozenset()
-        second = SECOND_FILTERS if self.gpus[0].vendor == "amd" else ()
-        return frozenset((*VISIBLE.values(), *second, MEMORY_VARIABLE))
+def gpu_environment(
+    gpus: Sequence[Gpu], share: GpuShare, inherited: Mapping[str, str], capped: bool
+) -> dict[str, str]:
+    """``inherited``, as an executor is to have it that has ``share`` of this worker's ``gpus``; ``capped``: its
+    framework is to hold it to the memory of that. Without any GPU it sees none. It inherits an order of
+    devices that the owner has chosen, but neither the worker's own share nor second filters.
+    """
+    if not gpus:
+        return dict(inherited)
+    second = SECOND_FILTERS if gpus[0].vendor == "amd" else ()
+    hidden = (*VISIBLE.values(), *second, MEMORY_VARIABLE)
+    found = {name: value for name, value in inherited.items() if name not in hidden}
+    if (variable := VISIBLE.get(gpus[0].vendor)) is not None:
+        names = [gpus[number].name for number in share.numbers]
+        found[variable] = ",".join(names)
+        if variable == "CUDA_VISIBLE_DEVICES" and any(name.isdigit() for name in names):
+            # the order in which they were numbered; CUDA's own would be by speed
+            found.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if capped and share.gb > 0:
+        found[MEMORY_VARIABLE] = str(int(share.gb * GB))
+    return found
 
 
 def sees_no_gpu(environment: Mapping[str, str]) -> bool:

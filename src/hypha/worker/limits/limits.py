@@ -24,7 +24,7 @@ from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.cgroups import GB, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.limits.cores import CorePins
-from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, Visibility
+from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, gpu_environment
 from hypha.worker.limits.quotas import ProjectQuotas, Volume
 from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess, keep_within
 from hypha.worker.processes.keepers import Launch
@@ -207,7 +207,7 @@ class Means:
     mode: Mode = "auto"
     cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
     max_processes: int | None = None
-    gpus: Visibility = field(default_factory=Visibility)
+    gpus: tuple[Gpu, ...] = ()
     cores: CorePins | None = None
     quotas: ProjectQuotas | None = None
 
@@ -289,12 +289,8 @@ class Confined:
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """``inherited``, and what tells the executor how much it has."""
-        gpus, hidden = self._means.gpus, self._means.gpus.hidden()
-        return {
-            **gpus.environment(self._gpus, capped=self._means.mode != "none"),
-            **{name: value for name, value in inherited.items() if name not in hidden},
-            **self.limits.environment,
-        }
+        capped = self._means.mode != "none"
+        return gpu_environment(self._means.gpus, self._gpus, inherited, capped) | self.limits.environment
 
     def launch(self, launch: Launch) -> Launch:
         """``launch``, whose keeper applies the kernel's part."""
