@@ -114,20 +114,12 @@ async def run_worker(
                         orphans.adopt()
                     async with open_host(config, child_environment(), orphans.starting) as host:
                         hosts += [] if host is None else [host]
-                        run = partial(
-                            run_process,
-                            supervision=Supervision(host, running, orphans if alone else None),
-                        )
+                        supervision = Supervision(host, running, orphans if alone else None)
+                        backend = ExecutorBackend(partial(run_process, supervision=supervision), emit_spans)
                         disks = watch_disks({"work_dir": [config.work_dir]})
                         async with disks, watch_machine(lambda: dict(running)):
                             node.health_details.append(lambda: words)
-                            await serve(
-                                config,
-                                node,
-                                means,
-                                ExecutorBackend(run, emit_spans),
-                                task_status=task_status,
-                            )
+                            await serve(config, node, means, backend, task_status=task_status)
 
 
 def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfig, dict[str, str]]:

@@ -25,17 +25,7 @@ from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
 from hypha.disks import is_disk_full
 from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
-from hypha.messages import (
-    FileList,
-    HuggingFace,
-    ListFiles,
-    Local,
-    PeerRef,
-    Peers,
-    PullFile,
-    Reference,
-    Uri,
-)
+from hypha.messages import FileList, HuggingFace, ListFiles, Local, PeerRef, Peers, PullFile, Reference, Uri
 from hypha.node import Node
 from hypha.runtime import chance, in_thread
 from hypha.staging import StagedFile

@@ -36,17 +36,7 @@ from msgspec import structs
 
 from hypha.config.offers import OfferConfig
 from hypha.journal import Journal
-from hypha.leases import (
-    Denied,
-    Granted,
-    Lease,
-    LeaseBook,
-    LeaseEnded,
-    Renew,
-    Reserve,
-    Revoke,
-    Tick,
-)
+from hypha.leases import Denied, Granted, Lease, LeaseBook, LeaseEnded, Renew, Reserve, Revoke, Tick
 from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
 from hypha.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id

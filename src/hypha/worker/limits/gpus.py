@@ -255,9 +255,10 @@ def memory_of_each(gpus: Sequence[Gpu], offered_gb: float) -> tuple[float, ...]:
 def gpu_environment(
     gpus: Sequence[Gpu], share: GpuShare, inherited: Mapping[str, str], capped: bool
 ) -> dict[str, str]:
-    """``inherited``, as an executor is to have it that has ``share`` of this worker's ``gpus``; ``capped``: its
-    framework is to hold it to the memory of that. Without any GPU it sees none. It inherits an order of
-    devices that the owner has chosen, but neither the worker's own share nor second filters.
+    """What an executor that has ``share`` of this worker's ``gpus`` gets of ``inherited``, and is told;
+    ``capped``: its framework is to hold it to the memory of its share. Without any GPU it sees none. It
+    inherits an order of devices that the owner has chosen, but neither the worker's own GPUs nor second
+    filters.
     """
     if not gpus:
         return dict(inherited)

@@ -24,14 +24,7 @@ from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Refere
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
-from hypha.worker.processes.keepers import (
-    KILLED_WITHIN_S,
-    Keeper,
-    Launch,
-    Orphans,
-    OwnExecutor,
-    start_keeper,
-)
+from hypha.worker.processes.keepers import KILLED_WITHIN_S, Keeper, Launch, Orphans, OwnExecutor, start_keeper
 from hypha.worker.processes.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
