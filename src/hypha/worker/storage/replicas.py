@@ -127,11 +127,9 @@ class ReplicaStore:
             if job is None:
                 job = self._open(Owner(caller, request.job, index.job_id), index)
             job.generation = request.stamp.generation
-            if job.incoming is None or job.incoming.index != index:
-                self._expect(job, index, {*request.keep, index.round})
             incoming = job.incoming
-            if incoming is None:
-                raise Refused("internal", "the copy that was announced is gone")
+            if incoming is None or incoming.index != index:
+                incoming = self._expect(job, index, {*request.keep, index.round})
             missing = tuple(file.name for file in index.files if file.name not in incoming.arrived)
             if not missing:
                 self._complete(job, incoming)
@@ -223,7 +221,7 @@ class ReplicaStore:
         self._jobs[owner.job_id] = job
         return job
 
-    def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> None:
+    def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> _Incoming:
         """Make space, and begin; what was on its way before is given up."""
         job.incoming = None
         shutil.rmtree(job.coming_to, ignore_errors=True)
@@ -234,6 +232,7 @@ class ReplicaStore:
         job.coming_to.mkdir(mode=0o700)
         job.incoming = _Incoming(index)
         self._touch(job)
+        return job.incoming
 
     def _make_space(self, job: _Job, index: CheckpointIndex) -> None:
         """:class:`Refused` when the owner does not offer so much, or somebody else has it."""
