@@ -72,8 +72,6 @@ class Allowance:
                 if not self._config.peers:
                     raise Refused("not-allowed", "this worker fetches nothing from peers (allow.peers)")
 
-    # --- http(s) --------------------------------------------------------------------------------------
-
     def uri(self, value: str) -> httpx.URL:
         """``value`` in normal form; also to be asked about every redirect."""
         url = _normal(value)
@@ -96,8 +94,6 @@ class Allowance:
             pattern.names_host(literal) for pattern in self._uris if _matches_url(pattern, url)
         )
 
-    # --- local paths and fsspec -----------------------------------------------------------------------
-
     def read_local(self, url: str) -> Path | str:
         """The resolved path, or the fsspec URL as it is, to read from."""
         return _local(url, self._readable, "allow.local_read")
@@ -105,8 +101,6 @@ class Allowance:
     def write_local(self, url: str) -> Path | str:
         """The same, to write to."""
         return _local(url, self._writable, "allow.local_write")
-
-    # --- the hub, and code ----------------------------------------------------------------------------
 
     def _repository(self, repository: str) -> None:
         if not _REPOSITORY.fullmatch(repository):

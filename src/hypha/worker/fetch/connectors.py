@@ -162,9 +162,6 @@ async def _reminding(
     return await reminded(fetch, log)
 
 
-# --- http(s) -------------------------------------------------------------------------------------------
-
-
 async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[Path]:
     """Download one address. Every redirect is checked against the allow-list again, and so is each IP address
     that is connected to against ``exclude_cidr``. Broken connections and 5xx answers are tried again a few
@@ -264,9 +261,6 @@ async def _save(response: httpx.Response, url: httpx.URL, directory: Path, max_b
                 await in_thread(staged.file.write, data)
             await in_thread(staged.publish)
     return path
-
-
-# --- Hugging Face hub ------------------------------------------------------------------------------------
 
 
 async def fetch_hub(

@@ -61,9 +61,6 @@ def chunks_of(source: BinaryIO) -> Iterator[bytes]:
         yield data
 
 
-# --- fetching -----------------------------------------------------------------------------------------------
-
-
 async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[Path]:
     """Copy a file, or all files below a directory, from a local path or any fsspec URL."""
     place = allowance.read_local(url)
@@ -131,9 +128,6 @@ def _copy_in(opener: Callable[[], BinaryIO], directory: Path, name: str, max_byt
     return path
 
 
-# --- storing ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Keeping:
     """``marker`` is the file with which a directory is complete. With ``newest``, the directory's siblings
@@ -181,9 +175,6 @@ def _store(path: Path, place: Path | str, keeping: Keeping, may_remove: Callable
             logger.warning("Older ones than %s could not be deleted: %s", place, exc.reason)
 
 
-# --- to a path ----------------------------------------------------------------------------------------------
-
-
 class _PathStore:
     """The path ``place``."""
 
@@ -215,9 +206,6 @@ class _PathStore:
                 shutil.rmtree(parent / name)
         # what a worker left of one when it was killed
         remove_unfinished(parent, lambda name: _number(name) is not None and may_remove(str(parent / name)))
-
-
-# --- to a URL -----------------------------------------------------------------------------------------------
 
 
 class _UrlStore:

@@ -112,8 +112,6 @@ class JobDirectory:
         """``path`` as executors see it."""
         return path.relative_to(self.path).as_posix()
 
-    # --- out ------------------------------------------------------------------------------------------
-
     @contextmanager
     def pinned(self, name: str, directory: bool = False) -> Iterator[Path]:
         """The file (with ``directory`` also: directory) that the executor calls ``name``, under a name of the
@@ -150,8 +148,6 @@ class JobDirectory:
                 f"path {str(pure)!r} is no regular file of the job directory, reached without links: "
                 f"{exc.strerror or exc}",
             ) from exc
-
-    # --- in -------------------------------------------------------------------------------------------
 
     def receiving(self, name: str) -> Path:
         """Where the file that becomes ``incoming/<name>`` is received. A file of ``incoming/.spare``, which
@@ -205,8 +201,6 @@ class JobDirectory:
             raise Refused(
                 "invalid", f"{part}/{name} of the job directory is not as the worker made it: {exc.strerror}"
             ) from exc
-
-    # --- its end --------------------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Delete everything; what cannot be deleted is logged."""

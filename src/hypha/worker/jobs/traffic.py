@@ -171,8 +171,6 @@ class ExecutorTraffic:
         finally:
             stop_accepting()
 
-    # --- from the scheduler and other executors -----------------------------------------------------------
-
     def steer(self, seq: int, directive: Directive) -> tuple[PeerRef, ...]:
         """Pass on a directive of the scheduler; an old one is ignored. Returns the peers whose addresses it
         names: there may be so many that learning them takes seconds.
@@ -237,8 +235,6 @@ class ExecutorTraffic:
         continued = meta.stamp.round == (before[0] + 1 if before else 0) and self.job.me in meta.contributors
         if before is not None and before != self._theta and not continued:
             self.slices.start_over()
-
-    # --- from the executor, by its bridge -----------------------------------------------------------------
 
     async def fetch(self, resource: Reference) -> list[FetchedFile]:
         """Files of ``resource``, in a directory of their own; or the next slice."""

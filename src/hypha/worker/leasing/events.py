@@ -10,8 +10,6 @@ from hypha.features import Abilities
 from hypha.leases import Bind, Denied, Drained, Freed, Granted, Hold, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 
-# --- in -----------------------------------------------------------------------------------------------
-
 
 class RequestReceived(Struct, frozen=True, tag="Heard"):
     """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
@@ -81,9 +79,6 @@ ArbiterEvent = (
     | Close
     | Reopen
 )
-
-
-# --- out ------------------------------------------------------------------------------------------------
 
 
 class SendOffer(Struct, frozen=True, tag=True):

@@ -84,6 +84,7 @@ class ReplicaStore:
         self.max_bytes = int(config.checkpoints_gb * GB)
         self._max_age_s = config.keep_days * _DAY_S
         self._leased: frozenset[str] = frozenset()
+        #: whoever calls a private method holds it
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         if directory.is_dir():
@@ -185,8 +186,6 @@ class ReplicaStore:
             if job is not None:
                 self._owned(job, caller)
                 self._forget(job)
-
-    # --- under the lock -------------------------------------------------------------------------------
 
     def _copies(self) -> Iterator[CheckpointIndex]:
         """Those on their way included."""
