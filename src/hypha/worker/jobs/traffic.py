@@ -53,10 +53,9 @@ from hypha.worker.bridge.spans import ExecutorSpans
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.fetch.local import Keeping, store_local
-from hypha.worker.jobs.deliveries import Deliveries
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
-from hypha.worker.jobs.inbox import ExecutorInbox
+from hypha.worker.jobs.files import Deliveries, ExecutorInbox
 from hypha.worker.jobs.starting import ExecutorBackend
 from hypha.worker.jobs.watch import Watch
 from hypha.worker.limits.limits import Means
@@ -123,12 +122,9 @@ class ExecutorTraffic:
         self._joiners: frozenset[str] = frozenset()
         if isinstance(job, TrainJob):
             self._partners = frozenset({job.parameter_server.peer})
+        max_bytes = context.allowance.max_file_bytes
         self._inbox = ExecutorInbox(
-            JobStamp(job_id=job.job_id, generation=job.generation),
-            self.directory,
-            self.arrivals,
-            lambda: self._partners,
-            context.allowance.max_file_bytes,
+            self.stamp, self.directory, self.arrivals, lambda: self._partners, max_bytes
         )
         self._theta: tuple[int, int, str] | None = None
         self.slices: SlicePrefetcher | None = None
@@ -197,7 +193,6 @@ class ExecutorTraffic:
             return
         logger.info("The job goes on in its generation %d.", rejoin.generation, extra=self.fields)
         self.generation = rejoin.generation
-        self._inbox.begin_generation(rejoin.generation)
         if self.slices is None:
             return
         if rejoin.parameter_server is not None:

@@ -1,29 +1,115 @@
-"""Sending an executor's files to peers: hashed once, to all receivers at a time, each with its own luck.
+"""Files from executor to executor: what may come in (:class:`ExecutorInbox`), and what is sent.
 
-A receiver that cannot be reached is tried again by the transfer itself, for a while. A delivery that nobody
-needs any more (a newer round goes to the same receiver, the receiver left the job) is given up at once, so
-one dead worker does not hold up a round.
+A file lands in ``incoming/``, once it is whole, under a name made of its round, hash and sender: two files
+never share one, and a transfer that was cut is resumed where it was. One that still waits for the executor is
+not taken twice; one that it has worked off is, since what a repetition means is for the executor to decide.
+
+A file is sent to all receivers at a time, each with its own luck (:class:`Deliveries`). A receiver that
+cannot be reached is tried again by the transfer itself, for a while. A delivery that nobody needs any more (a
+newer round goes to the same receiver, the receiver left the job) is given up at once, so one dead worker does
+not hold up a round.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.messages import Delivery, PeerRef, TransferMeta
+from hypha.messages import Delivery, JobStamp, PeerRef, ReceivedFile, TransferMeta
 from hypha.node import Transfers
 from hypha.runtime import chance
 from hypha.telemetry.instruments import BROADCAST_DURATION, UPDATE_SEND_DURATION
+from hypha.worker.bridge.feeds import FileArrivals
+from hypha.worker.jobs.directory import JobDirectory
 
 logger = logging.getLogger("hypha.worker.send")
+receiving = logging.getLogger("hypha.worker.receive")
 
 #: A receiver that fails is tried again for this long after its first failure.
 GIVE_UP_AFTER_S = 60.0
+#: Files of one sender that the executor has not deleted yet; more are ``busy``.
+MAX_WAITING = 8
+
+
+class ExecutorInbox:
+    """``stamp`` gives the job's current one, ``senders`` the PeerIDs that may send now, None while that is not
+    known yet.
+    """
+
+    def __init__(
+        self,
+        stamp: Callable[[], JobStamp],
+        directory: JobDirectory,
+        arrivals: FileArrivals,
+        senders: Callable[[], frozenset[str] | None],
+        max_bytes: int,
+    ) -> None:
+        self._stamp = stamp
+        self._directory = directory
+        self._arrivals = arrivals
+        self._senders = senders
+        self._max_bytes = max_bytes
+        #: by sender: generation, round and attempt
+        self._newest: dict[str, tuple[int, int, int]] = {}
+        #: files of an earlier generation of the job
+        self.refused = 0
+
+    async def gate(self, caller: str, meta: TransferMeta) -> Path:
+        """Where the file goes; ``Refused`` when it may not come in."""
+        stamp = self._fence(caller, meta)
+        senders = self._senders()
+        if senders is None:
+            raise Refused("busy", "this executor does not know yet who takes part")
+        if caller not in senders:
+            raise Refused("uninvited", f"{caller} may not send {meta.kind} to this executor")
+        if meta.size > self._max_bytes:
+            raise Refused("too-large", f"{meta.size} bytes, allowed are {self._max_bytes}")
+        if not meta.checked.isalnum() or not meta.kind.isalnum():
+            raise Refused("malformed", "kind and hash must be plain words")
+        # theta of another attempt at the round has the same bytes and another meaning
+        name = f"{meta.kind}-{stamp.generation}-{stamp.round}-{stamp.attempt}-{meta.checked[:32]}-{caller}"
+        waiting = [file for file in self._arrivals.waiting() if file.from_peer == caller]
+        if any(file.path == f"incoming/{name}" for file in waiting):
+            raise Refused("duplicate", f"this {meta.kind} of round {stamp.round} is here already")
+        if len(waiting) >= MAX_WAITING:
+            raise Refused("busy", "earlier files are not worked off yet")
+        return self._directory.receiving(name)
+
+    async def arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
+        """The file is whole, verified and durable, but not acknowledged yet; the executor gets it."""
+        stamp = self._fence(caller, meta)
+        delivered = self._directory.deliver(path)
+        newest = _turn(stamp)
+        self._newest[caller] = max(self._newest.get(caller, newest), newest)
+        self._arrivals.put(ReceivedFile(path=delivered, size=meta.size, from_peer=caller, meta=meta))
+
+    def _fence(self, caller: str, meta: TransferMeta) -> JobStamp:
+        stamp = meta.stamp
+        current = self._stamp()
+        if stamp is None or stamp.job_id != current.job_id:
+            raise Refused("malformed", "the file carries no stamp of this job")
+        if stamp.generation < current.generation:
+            self.refused += 1
+            receiving.warning(
+                "A %s of generation %d, which is over, was refused (%d so far).",
+                meta.kind,
+                stamp.generation,
+                self.refused,
+                extra={"peer_id": caller, "job_id": stamp.job_id},
+            )
+            raise Refused("stale", f"generation {stamp.generation} is over")
+        if stamp.generation > current.generation:
+            raise Refused("busy", f"generation {stamp.generation} has not started here yet")
+        # Per sender; another generation of the job may go back to the round of a checkpoint.
+        newest = self._newest.get(caller)
+        if newest is not None and _turn(stamp) < newest:
+            raise Refused("stale", f"you have sent {meta.kind} of round {newest[1]} already")
+        return stamp
 
 
 class Deliveries:
@@ -71,14 +157,14 @@ class Deliveries:
                 delivering.give_up("uninvited", "it takes no part in the job any more")
 
     async def _deliver(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> Delivery:
-        turn = _turn(meta)
+        turn = _turn(meta.stamp)
         # asked for again because it takes long: a second one would only be in its way
         while same := [one for one in self._running if (one.meta, one.peer) == (meta, receiver.peer)]:
             await same[0].ended.wait()
             if same[0].outcome is not None:
                 return same[0].outcome
         for other in self._running:
-            if (other.meta.kind, other.peer) == (meta.kind, receiver.peer) and _turn(other.meta) < turn:
+            if (other.meta.kind, other.peer) == (meta.kind, receiver.peer) and _turn(other.meta.stamp) < turn:
                 other.give_up("stale", f"overtaken by round {turn[1]}")
         delivering = _Delivering(meta, receiver.peer)
         self._running.append(delivering)
@@ -129,9 +215,8 @@ def _record(meta: TransferMeta, receiver: PeerRef, outcome: Delivery, lasted_s: 
         )
 
 
-def _turn(meta: TransferMeta) -> tuple[int, int, int]:
+def _turn(stamp: JobStamp | None) -> tuple[int, int, int]:
     """A later one overtakes: the generation of the job, the round in it, the attempt at that."""
-    stamp = meta.stamp
     return (0, 0, 0) if stamp is None else (stamp.generation, stamp.round, stamp.attempt)
 
 
