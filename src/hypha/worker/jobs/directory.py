@@ -108,10 +108,6 @@ class JobDirectory:
         """One of :data:`PARTS`."""
         return self.path / name
 
-    def relative(self, path: Path) -> str:
-        """``path`` as executors see it."""
-        return path.relative_to(self.path).as_posix()
-
     @contextmanager
     def pinned(self, name: str, directory: bool = False) -> Iterator[Path]:
         """The file (with ``directory`` also: directory) that the executor calls ``name``, under a name of the

@@ -37,8 +37,8 @@ MAX_WAITING = 8
 
 
 class ExecutorInbox:
-    """``stamp`` gives the job's current one, ``senders`` the PeerIDs that may send now, None while that is not
-    known yet.
+    """``stamp`` gives the job's current one, ``senders`` the PeerIDs that may send now, None while that is
+    not known yet.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ from hypha.worker.bridge.outbox import Outbox
 from hypha.worker.bridge.spans import ExecutorSpans
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
-from hypha.worker.fetch.local import Keeping, store_local
+from hypha.worker.fetch.local import store_local
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
 from hypha.worker.jobs.files import Deliveries, ExecutorInbox
@@ -258,7 +258,7 @@ class ExecutorTraffic:
             raise Refused("invalid", f"this job trains on {self.job.dataset!r} of its own scheduler")
         found = await self.slices.next()
         return FetchedFile(
-            path=self.directory.relative(found.path),
+            path=f"slices/{found.path.name}",
             size=found.assigned.size,
             slice=found.assigned,
             round=found.stamp.round,
@@ -284,8 +284,7 @@ class ExecutorTraffic:
     async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
         if isinstance(resource, Local):
-            keeping = Keeping(call.marker, call.keep)
-            await store_local(path, resource.url, self._context.allowance, keeping)
+            await store_local(path, resource.url, self._context.allowance, call.marker, call.keep)
             return Sent(deliveries=(Delivery(peer=self.job.me, acknowledged=True),))
         if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
             raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")

@@ -55,7 +55,7 @@ from hypha.worker.leasing.events import (
     RequestReceived,
     SendOffer,
 )
-from hypha.worker.leasing.terms import Pricing, Vetting, WorkerCapacity, load_of
+from hypha.worker.leasing.terms import Pricing, WorkerCapacity, load_of
 from hypha.worker.limits.gpus import GpuBoard
 
 #: of an arbiter's entries in a journal
@@ -113,9 +113,8 @@ class Arbiter:
         self.gpus = GpuBoard(capacity.gpus)
         self._terms = terms
         self.pricing = Pricing(terms)
-        self._vetting = Vetting(capacity, terms, self.pricing)
         self._ageing = Ageing(terms, self.book)
-        self._abilities = capacity.abilities
+        self._capacity = capacity
         self._worker = worker
         self._new_id = new_id
         self._waiting: dict[tuple[str, str], _Waiting] = {}
@@ -197,8 +196,8 @@ class Arbiter:
                 self._notice(actions, now)
                 refusal = (
                     self._closed_now()
-                    or self._vetting.unfit(publisher, request)
-                    or self._vetting.too_low(request, cached)
+                    or self._capacity.unfit(publisher, request, self._terms.floor)
+                    or self.pricing.too_low(request, cached)
                     or self._enter(request, reached, cached, now)
                 )
                 if refusal is not None:
@@ -359,7 +358,7 @@ class Arbiter:
         if self._has_an_offer(request):
             reason = "its scheduler has not answered another offer yet"
             return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
-        if (low := self._vetting.too_low(request, contender.cached)) is not None:
+        if (low := self.pricing.too_low(request, contender.cached)) is not None:
             return [Ignored(request.request_id, scheduler.peer, *low)]
         free = self.book.free
         self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
@@ -401,8 +400,8 @@ class Arbiter:
                     resources=lease.resources,
                     price=lease.price,
                     expires_in_s=temporary_s,
-                    version=self._abilities.version,
-                    features=self._abilities.features,
+                    version=self._capacity.abilities.version,
+                    features=self._capacity.abilities.features,
                 )
                 self._ageing.offered(contender.waiter)
                 # an offer whose lease has ended by then is no offer

@@ -69,6 +69,13 @@ class Pricing:
         """For one lease of ``scheduler``; ``cached``: its job's dataset is in the worker's cache."""
         return max(self.terms.floor, self.asked / self.preference(scheduler, cached))
 
+    def too_low(self, request: WorkerRequest, cached: bool) -> tuple[str, Cause] | None:
+        """Why its bid gets no offer at this moment, not even one at another price."""
+        asked = self.asked_of(request.scheduler.peer, cached)
+        if self.terms.counter or request.bid >= asked:
+            return None
+        return f"its bid is below this worker's price of {asked:g}", "price"
+
     def preference(self, scheduler: str, cached: bool) -> float:
         """How many times as much its bids count."""
         if self.terms.strategy != "affinity":
@@ -140,26 +147,17 @@ class WorkerCapacity:
     gpus: Sequence[float] = ()
     abilities: Abilities = OURS
 
-
-class Vetting:
-    """Judges single requests by what the worker has and by the owner's ``terms``."""
-
-    def __init__(self, capacity: WorkerCapacity, terms: OfferConfig, pricing: Pricing) -> None:
-        self._total, self._abilities = capacity.total, capacity.abilities
-        self._executors = frozenset((executor.kind, executor.name) for executor in capacity.executors)
-        self._terms = terms
-        self._pricing = pricing
-
-    def unfit(self, publisher: str, request: WorkerRequest) -> tuple[str, Cause] | None:
-        """Why this worker will never serve ``request``, whatever is free."""
+    def unfit(self, publisher: str, request: WorkerRequest, floor: float) -> tuple[str, Cause] | None:
+        """Why a worker that takes ``floor`` at the least will never serve ``request``, whatever is free."""
+        wanted = request.executor
         if request.scheduler.peer != publisher:
             return "it names another scheduler than the one that published it", "other"
-        if (request.executor.kind, request.executor.name) not in self._executors:
-            return f"no executor {request.executor.name!r} for {request.executor.kind} jobs here", "executor"
-        if lacking := self._abilities.lacks(request.needs):
+        if all((one.kind, one.name) != (wanted.kind, wanted.name) for one in self.executors):
+            return f"no executor {wanted.name!r} for {wanted.kind} jobs here", "executor"
+        if lacking := self.abilities.lacks(request.needs):
             named = ", ".join(printable(name) for name in lacking)
             return (
-                f"its job needs what {self._abilities} does not have ({named}); upgrade this worker",
+                f"its job needs what {self.abilities} does not have ({named}); upgrade this worker",
                 "features",
             )
         if not is_valid(request.resources) or request.count < 1:
@@ -169,15 +167,8 @@ class Vetting:
             return "its bid makes no sense", "price"
         if not (math.isfinite(request.offer_within_s) and request.offer_within_s > 0):
             return "it leaves no time for an offer", "other"
-        if not request.bid >= self._terms.floor:
-            return f"its bid is below this worker's floor of {self._terms.floor:g}", "price"
-        if not fits(request.resources, self._total):
+        if not request.bid >= floor:
+            return f"its bid is below this worker's floor of {floor:g}", "price"
+        if not fits(request.resources, self.total):
             return "it asks for more than this worker has", "resources"
         return None
-
-    def too_low(self, request: WorkerRequest, cached: bool) -> tuple[str, Cause] | None:
-        """Why its bid gets no offer at this moment, not even one at another price."""
-        asked = self._pricing.asked_of(request.scheduler.peer, cached)
-        if self._terms.counter or request.bid >= asked:
-            return None
-        return f"its bid is below this worker's price of {asked:g}", "price"
