@@ -69,10 +69,8 @@ class Execution:
         self.stop("its lease ended")
 
     async def run(self, after: trio.Event | None = None) -> None:
-        """Start when ``after`` is set; return when it is over. Cancelled, it leaves no process and no
-        directory either.
-        """
-        bind(job_id=self.job_id, lease_id=self.lease.lease_id, round=lambda: self.traffic.round)
+        """Start when ``after`` is set, until it is over. Cancelled, it leaves no process and no directory."""
+        bind(**self.traffic.fields, round=lambda: self.traffic.round)
         kept = False
         try:
             if after is not None:
@@ -90,7 +88,6 @@ class Execution:
                     "The executor ended with exit code %d.%s",
                     ended.code,
                     f" Its last output:\n{ended.tail}" if failed else "",
-                    extra=self.traffic.fields,
                 )
                 # what filled the disk is no help there
                 excess = None if self._confined is None else self._confined.excess
@@ -98,7 +95,7 @@ class Execution:
                 if failed and self._context.config.keep_failed_jobs and not full:
                     path = await in_thread(self.traffic.directory.keep, ended.tail, limiter=FILES)
                     kept = True
-                    logger.info("The failed executor's files are in %s.", path, extra=self.traffic.fields)
+                    logger.info("The failed executor's files are in %s.", path)
                 self.traffic.outbox.put(
                     self.traffic.stamp(),
                     ExecutorExited(
@@ -127,9 +124,7 @@ class Execution:
                 self.reported.set()
                 nursery.cancel_scope.cancel()
         if not self.reported.is_set():
-            logger.warning(
-                "The executor's end could not be reported to the scheduler.", extra=self.traffic.fields
-            )
+            logger.warning("The executor's end could not be reported to the scheduler.")
 
     async def _run_process(self) -> Exit:
         confined: Confined | None = None
@@ -141,9 +136,7 @@ class Execution:
                 self._gpus,
                 self.traffic.directory,
             )
-            logger.info(
-                "Starting the executor. Limits: %s.", confined.limits.description, extra=self.traffic.fields
-            )
+            logger.info("Starting the executor. Limits: %s.", confined.limits.description)
             environment = confined.environment(self._context.environment)
             launch = prepare_launch(self._executor, self.traffic.job, self.traffic.directory, environment)
             if self._executor.runtime == "bwrap":

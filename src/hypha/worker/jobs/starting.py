@@ -19,9 +19,7 @@ from hypha.worker.processes.process import Exit, Supervision, run_executor
 
 @dataclass(frozen=True)
 class EndSignals:
-    """How an executor is ended: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
-    once ``kill`` is.
-    """
+    """How an executor is ended: politely once ``stop`` is set, within ``grace_s``; at once with ``kill``."""
 
     stop: trio.Event
     grace_s: float
@@ -50,9 +48,7 @@ async def run_process(
 
 @dataclass(frozen=True)
 class ExecutorBackend:
-    """What runs a worker's executors; ``emit_spans`` exports their own spans. Without, they are not asked for
-    any.
-    """
+    """Runs a worker's executors; ``emit_spans`` exports their spans. Without, they are not asked for any."""
 
     run: RunExecutor = run_process
     emit_spans: EmitSpans | None = None

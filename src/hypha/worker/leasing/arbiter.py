@@ -133,9 +133,7 @@ class Arbiter:
 
     @property
     def next_wake(self) -> float | None:
-        """When the next :class:`Tick` is due: the window's end, an expiry or another price; None when nothing
-        is.
-        """
+        """When the next :class:`Tick` is due: a window's end, an expiry, another price; None: none is."""
         due = (self._window_ends, self.book.next_wake, self.pricing.next_wake)
         moments = [moment for moment in due if moment is not None]
         moments.extend(waiting.before for waiting in self._unreached.values())

@@ -42,9 +42,7 @@ class AskedPrice(Value, frozen=True):
 
 
 class GivenLeases(Value, frozen=True):
-    """What ``/leases`` of a worker answers: its leases, what is free, whether it makes offers, and at what
-    price.
-    """
+    """What ``/leases`` of a worker answers: leases, what is free, whether it makes offers, at what price."""
 
     state: str
     free: Resources

@@ -28,9 +28,7 @@ HAND_BACK_SHARE, HAND_BACK_S = 0.2, 1.0
 
 
 class Leaving:
-    """Of one worker, whose leases are at ``lease_service``. :meth:`run` does the work, beside the rest of the
-    worker.
-    """
+    """Of one worker, with the leases of ``lease_service``. :meth:`run` works beside the rest of it."""
 
     def __init__(self, node: Node, lease_service: LeaseService) -> None:
         self._node = node

@@ -197,9 +197,7 @@ class LeaseService:
                 self._evaluated_in[offer.lease_id] = parent
 
     def _level(self, reason: str, cause: Cause) -> int:
-        """Requests are repeated; what this version lacks is logged once, and only so much of it: it is peers
-        who name it.
-        """
+        """Requests are repeated: what is lacking is logged once, and only so much of it, as peers name it."""
         if cause != "features" or reason in self._logged or len(self._logged) >= MAX_LOGGED:
             return logging.DEBUG
         self._logged.add(reason)

@@ -243,9 +243,7 @@ class GpuBoard:
 
 
 def memory_of_each(gpus: Sequence[Gpu], offered_gb: float) -> tuple[float, ...]:
-    """GB of each; those that their driver does not report share equally what the configuration offers beside
-    the others.
-    """
+    """GB of each; those that their driver does not report share equally what else the configuration has."""
     known = [one.memory_bytes / GB for one in gpus]
     unknown = known.count(0.0)
     share = max(0.0, offered_gb - sum(known)) / unknown if unknown else 0.0

@@ -314,9 +314,7 @@ class Confined:
             exceeded(found)
 
     def judge(self, failed: bool) -> None:
-        """It has ended, and if it ``failed``, nobody knows why: was it denied something? Counts what was
-        exceeded.
-        """
+        """It has ended; where it ``failed``, nobody knows why: was it denied something? Counts excesses."""
         if self.excess is None and failed:
             self.excess = self.limits.denied()
         if self.excess is not None:

@@ -96,9 +96,7 @@ class SliceDemand:
 
 
 class SlicePrefetcher:
-    """Meets ``demand``; ``ask`` sends a request to the job's scheduler. What ``manifest`` does not know is
-    not used.
-    """
+    """Meets ``demand``; ``ask`` asks the job's scheduler. What ``manifest`` does not know is not used."""
 
     def __init__(
         self,
