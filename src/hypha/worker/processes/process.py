@@ -199,9 +199,8 @@ async def run_executor(
     *,
     kill: trio.Event | None = None,
     supervision: Supervision | None = None,
-    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> Exit:
-    """Run it until it ends; ``task_status`` gives the process group.
+    """Run it until it ends.
 
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
@@ -227,7 +226,7 @@ async def run_executor(
     if launch.on_start is not None:
         launch.on_start(keeper.pid)
     try:
-        return await _attend(keeper, launch, stop, grace_s, kill, task_status)
+        return await _attend(keeper, launch, stop, grace_s, kill)
     finally:
         running.pop(keeper.pid, None)
         if orphans is not None:
@@ -236,12 +235,7 @@ async def run_executor(
 
 
 async def _attend(
-    keeper: Keeper,
-    launch: Launch,
-    stop: trio.Event,
-    grace_s: float,
-    kill: trio.Event | None,
-    task_status: trio.TaskStatus[int],
+    keeper: Keeper, launch: Launch, stop: trio.Event, grace_s: float, kill: trio.Event | None
 ) -> Exit:
     output = _Output(launch.output_fields or (lambda: {"job_id": launch.job_id}), launch.secrets)
     drained = trio.Event()
@@ -270,7 +264,6 @@ async def _attend(
             if kill is not None:
                 nursery.start_soon(kill_when_set, kill)
             nursery.start_soon(read)
-            task_status.started(keeper.pid)
             await keeper.wait()
             # Everybody who had the pipe is dead, so this only empties it.
             with trio.move_on_after(KILLED_WITHIN_S):
