@@ -65,7 +65,11 @@ class Allowance:
             case Uri(value=value):
                 self.uri(value)
             case HuggingFace(repository=repository):
-                self._repository(repository)
+                if not _REPOSITORY.fullmatch(repository):
+                    raise Refused("invalid", f"{repository!r} is no repository such as organisation/name")
+                if not _matches_repository(repository, self._config.huggingface):
+                    text = f"repository {repository} matches no pattern of allow.huggingface"
+                    raise Refused("not-allowed", text)
             case Local(url=url):
                 self.read_local(url)
             case Peers():
@@ -101,12 +105,6 @@ class Allowance:
     def write_local(self, url: str) -> Path | str:
         """The same, to write to."""
         return _local(url, self._writable, "allow.local_write")
-
-    def _repository(self, repository: str) -> None:
-        if not _REPOSITORY.fullmatch(repository):
-            raise Refused("invalid", f"{repository!r} is no repository such as organisation/name")
-        if not _matches_repository(repository, self._config.huggingface):
-            raise Refused("not-allowed", f"repository {repository} matches no pattern of allow.huggingface")
 
     def _check_code(self, model: ModelSpec) -> None:
         if model.entrypoint is not None:

@@ -150,11 +150,13 @@ def mechanisms(
     volume: Volume | None = None,
 ) -> dict[str, str]:
     """By what each resource is enforced on this machine, in words."""
+    gpu = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's") if gpus else "there are none"
+    cache = f"the worker lets go of slices at {cache_gb:g} GB"
     if mode == "none":
         nothing = 'not enforced: limits = "none"'
         return dict.fromkeys(("memory", "cores", "processes", "disk"), nothing) | {
-            "gpus": _gpu_mechanism(gpus, capped=False),
-            "cache": f"the worker lets go of slices at {cache_gb:g} GB",
+            "gpus": gpu,
+            "cache": cache,
         }
     watched = f"watched by the worker every {LOOK_S:g} s"
     without = {
@@ -172,17 +174,10 @@ def mechanisms(
         "memory": found["memory"],
         "cores": found["cpu"],
         "processes": found["pids"],
-        "gpus": _gpu_mechanism(gpus, capped=True),
+        "gpus": f"{gpu}; memory by the cap of torch" if gpus else gpu,
         "disk": f"project quota ({volume.kind})" if volume is not None else watched,
-        "cache": f"the worker lets go of slices at {cache_gb:g} GB",
+        "cache": cache,
     }
-
-
-def _gpu_mechanism(gpus: Sequence[Gpu], capped: bool) -> str:
-    if not gpus:
-        return "there are none"
-    shown = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's")
-    return f"{shown}; memory by the cap of torch" if capped else shown
 
 
 def _bound(

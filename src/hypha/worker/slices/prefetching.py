@@ -293,7 +293,14 @@ class SlicePrefetcher:
 
     async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
         """Put the slice at ``path`` if it is here, and still what was pulled."""
-        hit = await self._find_cached(assigned, path)
+        hit = self._cache.link(assigned, path)
+        if hit:
+            # to its end, so that a link is never forgotten
+            with trio.CancelScope(shield=True):
+                found = await in_thread(hash_file, path)
+            if found != (assigned.size, assigned.blake3):
+                self._cache.drop(assigned, path)
+                hit = False
         CACHE_LOOKUPS.add(result="hit" if hit else "miss")
         logger.debug(
             "Slice %d of epoch %d was assigned: %s.",
@@ -303,17 +310,6 @@ class SlicePrefetcher:
             extra={"job_id": self._pending.job_id, "dataset": assigned.dataset},
         )
         return hit
-
-    async def _find_cached(self, assigned: SliceAssigned, path: Path) -> bool:
-        if not self._cache.link(assigned, path):
-            return False
-        # to its end, so that a link is never forgotten
-        with trio.CancelScope(shield=True):
-            found = await in_thread(hash_file, path)
-        if found == (assigned.size, assigned.blake3):
-            return True
-        self._cache.drop(assigned, path)
-        return False
 
     async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         """Have one of the providers send it, whole; False when none did."""
