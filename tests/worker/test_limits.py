@@ -22,9 +22,8 @@ from hypha.worker.limits.cgroups import (
     usable_cgroups,
     usable_v2,
 )
-from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.limits import Limits, Means, apply_limits, mechanisms, most_processes
-from hypha.worker.limits.usage import Quota
+from hypha.worker.limits.usage import CorePins, Quota
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
 

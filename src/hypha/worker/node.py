@@ -41,11 +41,11 @@ from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
 from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
-from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
 from hypha.worker.limits.gpus import memory_of_each
 from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
+from hypha.worker.limits.usage import CorePins
 from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.keepers import Orphans
 from hypha.worker.processes.process import Supervision

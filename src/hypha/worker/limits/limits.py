@@ -23,10 +23,9 @@ from hypha.runtime import is_simulated
 from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.cgroups import GB, CgroupPlaces, counted, make_groups, remove_group
-from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, gpu_environment
 from hypha.worker.limits.quotas import ProjectQuotas, Volume
-from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess, keep_within
+from hypha.worker.limits.usage import LOOK_S, CorePins, Excess, Quota, excess, keep_within
 from hypha.worker.processes.keepers import Launch
 
 logger = logging.getLogger(__name__)
