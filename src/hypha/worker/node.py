@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -167,15 +167,12 @@ async def _in_order(last_s: float) -> AsyncIterator[tuple[trio.CancelScope, trio
     """
     first, last = trio.CancelScope(), trio.CancelScope(shield=True)
 
-    async def pass_on() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            first.cancel()
-            last.deadline = trio.current_time() + last_s
+    def pass_on() -> None:
+        first.cancel()
+        last.deadline = trio.current_time() + last_s
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(pass_on)
+        nursery.start_soon(_when_cancelled, pass_on)
         yield first, last
         nursery.cancel_scope.cancel()
 
@@ -223,7 +220,7 @@ async def serve(
     stopped = trio.Event()
     # cancelled from outside, the worker goes on for a moment: it leaves first
     async with trio.open_nursery() as outside:
-        outside.start_soon(_set_when_cancelled, stopped)
+        outside.start_soon(_when_cancelled, stopped.set)
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
                 jobs = Jobs(context, nursery, arbiter)
@@ -257,11 +254,11 @@ async def serve(
         outside.cancel_scope.cancel()
 
 
-async def _set_when_cancelled(event: trio.Event) -> None:
+async def _when_cancelled(call: Callable[[], None]) -> None:
     try:
         await trio.sleep_forever()
     finally:
-        event.set()
+        call()
 
 
 async def _end_when_left(

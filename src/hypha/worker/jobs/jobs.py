@@ -13,7 +13,16 @@ import trio
 from hypha.config.models import ExecutorConfig
 from hypha.errors import Refused
 from hypha.leases import Bind, Drained, Hold, Lease
-from hypha.messages import Acknowledged, CancelJob, DispatchJob, ExecutorClass, Rejoin, Steer, TrainJob
+from hypha.messages import (
+    Acknowledged,
+    CancelJob,
+    DispatchJob,
+    ExecutorClass,
+    ExecutorDescriptor,
+    Rejoin,
+    Steer,
+    TrainJob,
+)
 from hypha.tracing import untraced
 from hypha.worker.jobs.execution import Execution
 from hypha.worker.jobs.traffic import ExecutionContext
@@ -69,7 +78,7 @@ class Jobs:
         lease = lease_service.granted(Bind(request.lease_id, caller, kind))
         if job.scheduler.peer != caller or job.me != self._context.node.peer_id:
             raise Refused("invalid", "the job names another scheduler or another worker")
-        executor = self._executor_for(kind, job.executor.name, job.executor.kind, lease)
+        executor = self._executor_for(job.executor, lease)
         self._context.allowance.check_job(job)
         running = self._executions.get((job.job_id, kind))
         if running is not None and running.lease.scheduler != caller:
@@ -144,12 +153,10 @@ class Jobs:
             raise Refused("lease", f"the {kind} executor of job {job_id} works for another scheduler")
         return execution
 
-    def _executor_for(
-        self, kind: ExecutorClass, name: str, wanted: ExecutorClass, lease: Lease
-    ) -> ExecutorConfig:
-        if wanted != kind or (lease.executor.kind, lease.executor.name) != (kind, name):
-            raise Refused("lease", f"the lease is for executor {lease.executor.name!r}, not {name!r}")
+    def _executor_for(self, wanted: ExecutorDescriptor, lease: Lease) -> ExecutorConfig:
+        if lease.executor != wanted:
+            raise Refused("lease", f"the lease is for executor {lease.executor.name!r}, not {wanted.name!r}")
         for executor in self._context.config.executors:
-            if (executor.kind, executor.name) == (kind, name):
+            if (executor.kind, executor.name) == (wanted.kind, wanted.name):
                 return executor
-        raise Refused("unsupported", f"no executor {name!r} for {kind} jobs here")
+        raise Refused("unsupported", f"no executor {wanted.name!r} for {wanted.kind} jobs here")

@@ -152,7 +152,7 @@ class WorkerCapacity:
         wanted = request.executor
         if request.scheduler.peer != publisher:
             return "it names another scheduler than the one that published it", "other"
-        if all((one.kind, one.name) != (wanted.kind, wanted.name) for one in self.executors):
+        if wanted not in self.executors:
             return f"no executor {wanted.name!r} for {wanted.kind} jobs here", "executor"
         if lacking := self.abilities.lacks(request.needs):
             named = ", ".join(printable(name) for name in lacking)

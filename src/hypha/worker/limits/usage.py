@@ -1,6 +1,6 @@
 """What an executor uses of what no kernel holds it to: files in its job directory, and cores and processes
-where there is no cgroup for them. It is pinned to some cores (:class:`CorePins`). At the rest the worker looks
-once a second; whoever has more than it may is to be killed.
+where there is no cgroup for them. It is pinned to some cores (:class:`CorePins`). The worker looks at the
+rest once a second; whoever has more than it may is to be killed.
 
 A look takes as long as there are files to look at, in a thread. Slices in the worker's cache, which a job
 directory holds links to, count nowhere: the cache bounds them. Nor do files that an executor has deleted and
