@@ -1,7 +1,7 @@
 """The bridge: what one executor can ask of its worker, as JSON over HTTP on a private Unix socket.
 
-The contract is in :mod:`hypha.worker.bridge` and, for machines, in ``/openapi.json``. Errors are ``{error, detail}``
-with a 4xx or 5xx status. A call whose client goes away is cancelled, so it takes nothing it cannot
+The contract is in :mod:`hypha.worker.bridge` and, for machines, in ``/openapi.json``. Errors are ``{error,
+detail}`` with a 4xx or 5xx status. A call whose client goes away is cancelled, so it takes nothing it cannot
 deliver. The bridge ends when its executor has ended; until then it never blocks the worker, nor fills its
 memory: connections, calls under way, streams and what waits in them, bodies and events are bounded, and what
 is too much for now is answered 503 ``busy``.
