@@ -45,9 +45,6 @@ class CgroupPlaces:
     v1: Mapping[str, Path] = field(default_factory=dict)
     v2_has: frozenset[str] = frozenset({"memory", "cpu"})
 
-    def __bool__(self) -> bool:
-        return self.v2 is not None or bool(self.v1)
-
     def version(self, controller: Controller) -> str | None:
         """``v2`` or ``v1``; None where there is no such controller."""
         if self.v2 is not None and controller in self.v2_has:

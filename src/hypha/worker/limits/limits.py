@@ -60,8 +60,6 @@ class Limits:
     rlimits: tuple[tuple[str, int], ...] = ()
     cores: tuple[int, ...] = ()
     quota: Quota = field(default_factory=Quota)
-    #: by a cgroup; 0: none
-    processes: int = 0
     pins: CorePins | None = None
     #: the file system's own quota, and its number there
     project: tuple[ProjectQuotas, int] | None = None
@@ -218,17 +216,15 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     if mode == "cgroup" and not suffice(places):
         raise no_cgroups()
     processes = most_processes(resources.cpu, means.max_processes)
-    groups: tuple[Path, ...] = ()
-    if mode != "rlimit" and places:
-        try:
-            groups = make_groups(places, name, resources, processes)
-        except OSError as exc:
-            if mode == "cgroup":
-                raise no_cgroups() from exc
-            logger.warning("Cannot make cgroup %s: %s", name, exc)
-            places = CgroupPlaces()
-    else:
+    if mode == "rlimit":
         places = CgroupPlaces()
+    try:
+        groups = make_groups(places, name, resources, processes)
+    except OSError as exc:
+        if mode == "cgroup":
+            raise no_cgroups() from exc
+        logger.warning("Cannot make cgroup %s: %s", name, exc)
+        groups, places = (), CgroupPlaces()
     threads = thread_environment(max(1, math.floor(resources.cpu))) if resources.cpu else {}
     limits = Limits("", threads, groups)
     parts: list[str] = []
@@ -250,7 +246,6 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     watched = 0
     if processes:
         if version := places.version("pids"):
-            limits.processes = processes
             parts.append(f"{processes} processes by cgroup {version}")
         elif _LINUX:
             watched = processes
