@@ -66,19 +66,9 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
     gpus: tuple[float, ...] = ()
 
 
-ArbiterEvent = (
-    RequestReceived
-    | Reached
-    | OfferFailed
-    | RenewAsked
-    | Release
-    | Bind
-    | Hold
-    | Drained
-    | Tick
-    | Close
-    | Reopen
-)
+#: what an arbiter only passes on to the book of its leases
+PassedOn = Release | Bind | Hold | Drained | Tick
+ArbiterEvent = RequestReceived | Reached | OfferFailed | RenewAsked | Close | Reopen | PassedOn
 
 
 class SendOffer(Struct, frozen=True, tag=True):
