@@ -176,7 +176,7 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
         "1 GB memory by cgroup v2, 1 cores by affinity (3) and thread counts, 512 processes by cgroup v1, "
         "2 GB in its directory, watched"
     )
-    said = mechanisms("auto", places, cache_gb=20)
+    said = mechanisms(Means("auto", places), cache_gb=20)
     assert said["memory"] == "cgroup v2 (memory.max)"
     assert said["cores"] == "affinity and thread counts"
     assert said["processes"] == "cgroup v1 (pids.max)"
@@ -189,11 +189,11 @@ def test_without_cgroups_processes_are_watched() -> None:
     limits = apply_limits(Means("auto", CgroupPlaces(), max_processes=7), "x", Resources(cpu=2, memory=1))
     assert limits.quota == Quota(processes=7)
     assert not apply_limits(Means("auto", CgroupPlaces(), max_processes=0), "x", Resources(cpu=2)).quota
-    said = mechanisms("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")}))
+    said = mechanisms(Means("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")})), cache_gb=20)
     assert said["memory"] == "RLIMIT_DATA of each process"
     assert said["processes"] == said["disk"] == "watched by the worker every 1 s"
-    assert set(mechanisms("none", CgroupPlaces())) == set(said)
-    assert "not enforced" in mechanisms("none", CgroupPlaces())["memory"]
+    assert set(mechanisms(Means("none"), cache_gb=20)) == set(said)
+    assert "not enforced" in mechanisms(Means("none"), cache_gb=20)["memory"]
 
 
 def test_the_bound_of_processes_grows_with_the_cores() -> None:

@@ -40,11 +40,11 @@ from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
 from hypha.worker.leasing.terms import WorkerCapacity
-from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
+from hypha.worker.limits.cgroups import remove_stale_groups, usable_cgroups
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
 from hypha.worker.limits.gpus import memory_of_each
 from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
-from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
+from hypha.worker.limits.quotas import usable_quotas
 from hypha.worker.limits.usage import CorePins
 from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.keepers import Orphans
@@ -91,16 +91,15 @@ async def run_worker(
         logger.warning("Removed %s, which an earlier worker left behind.", path)
     machine = await in_thread(detect, config.work_dir, child_environment())
     config, words = offered(config, machine)
-    quotas = await in_thread(usable_quotas, config.work_dir)
-    words |= _in_force(config, cgroups, machine, quotas)
     means = Means(
         mode=config.limits.enforce,
         cgroups=cgroups,
         max_processes=config.limits.max_processes,
         gpus=machine.gpus,
         cores=CorePins(usable_cores()),
-        quotas=quotas,
+        quotas=await in_thread(usable_quotas, config.work_dir),
     )
+    words |= _in_force(means, config.cache.max_gb)
     await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
     async with _in_order(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
@@ -139,12 +138,9 @@ def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfi
     return config.model_copy(update={"resources": section}), words
 
 
-def _in_force(
-    config: WorkerConfig, cgroups: CgroupPlaces, machine: DetectedMachine, quotas: ProjectQuotas | None
-) -> dict[str, str]:
+def _in_force(means: Means, cache_gb: float) -> dict[str, str]:
     """By what each resource is enforced, for the health of the node; logged, too."""
-    volume = None if quotas is None else quotas.volume
-    found = mechanisms(config.limits.enforce, cgroups, machine.gpus, config.cache.max_gb, volume)
+    found = mechanisms(means, cache_gb)
     logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
     return {f"limit {name}": by for name, by in found.items()}
 

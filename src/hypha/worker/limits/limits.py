@@ -24,7 +24,7 @@ from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.cgroups import GB, CgroupPlaces, counted, make_groups, remove_group
 from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, gpu_environment
-from hypha.worker.limits.quotas import ProjectQuotas, Volume
+from hypha.worker.limits.quotas import ProjectQuotas
 from hypha.worker.limits.usage import LOOK_S, CorePins, Excess, Quota, excess, keep_within
 from hypha.worker.processes.keepers import Launch
 
@@ -139,14 +139,9 @@ def most_processes(cpu: float, wanted: int | None) -> int:
     return max(DEFAULT_PROCESSES, PROCESSES_A_CORE * math.ceil(cpu))
 
 
-def mechanisms(
-    mode: Mode,
-    places: CgroupPlaces,
-    gpus: Sequence[Gpu] = (),
-    cache_gb: float = 0.0,
-    volume: Volume | None = None,
-) -> dict[str, str]:
+def mechanisms(means: Means, cache_gb: float) -> dict[str, str]:
     """By what each resource is enforced on this machine, in words."""
+    mode, gpus = means.mode, means.gpus
     gpu = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's") if gpus else "there are none"
     cache = f"the worker lets go of slices at {cache_gb:g} GB"
     if mode == "none":
@@ -163,7 +158,7 @@ def mechanisms(
     }
     found = {
         controller: without[controller]
-        if mode == "rlimit" or (version := places.version(controller)) is None
+        if mode == "rlimit" or (version := means.cgroups.version(controller)) is None
         else f"cgroup {version} ({_FILES[controller, version]})"
         for controller in ("memory", "cpu", "pids")
     }
@@ -172,7 +167,7 @@ def mechanisms(
         "cores": found["cpu"],
         "processes": found["pids"],
         "gpus": f"{gpu}; memory by the cap of torch" if gpus else gpu,
-        "disk": f"project quota ({volume.kind})" if volume is not None else watched,
+        "disk": watched if means.quotas is None else f"project quota ({means.quotas.volume.kind})",
         "cache": cache,
     }
 
