@@ -186,7 +186,6 @@ async def serve(
     its arbiter and its leases.
     """
     bind(worker_peer_id=node.peer_id)
-    environment = child_environment()
     allowance = Allowance(config.allow, config.exclude_cidr)
     if config.allow.local:
         logger.warning(
@@ -200,7 +199,6 @@ async def serve(
         allowance=allowance,
         connectors=Connectors(allowance, node),
         means=means,
-        environment=environment,
         backend=backend,
     )
     arbiter = Arbiter(

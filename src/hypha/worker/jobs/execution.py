@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import trio
 
+from hypha.config.inherited import child_environment
 from hypha.config.models import ExecutorConfig
 from hypha.errors import HyphaError
 from hypha.leases import Lease
@@ -137,7 +138,7 @@ class Execution:
                 self.traffic.directory,
             )
             logger.info("Starting the executor. Limits: %s.", confined.limits.description)
-            environment = confined.environment(self._context.environment)
+            environment = confined.environment(child_environment())
             launch = prepare_launch(self._executor, self.traffic.job, self.traffic.directory, environment)
             if self._executor.runtime == "bwrap":
                 launch = isolate(launch, self._executor, self.traffic.directory, self._context.config)

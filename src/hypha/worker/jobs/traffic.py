@@ -6,7 +6,7 @@ What the executor asks for is judged here: it is somebody else's program, and re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +80,6 @@ class ExecutionContext:
     allowance: Allowance
     connectors: Connectors
     means: Means
-    environment: Mapping[str, str]
     backend: ExecutorBackend
 
 
