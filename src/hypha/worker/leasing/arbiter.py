@@ -268,15 +268,14 @@ class Arbiter:
         """Temporary leases among what has ended that nobody took, and nobody gave back in time. Unless it was
         not ``refused``, its scheduler begins to wait anew.
         """
-        for action in actions:
-            if isinstance(action, LeaseEnded):
-                self._ageing.seen((action.lease.scheduler, action.lease.request_id), now)
-            if isinstance(action, LeaseEnded) and not action.lease.accepted:
-                if refused:
-                    self._ageing.over((action.lease.scheduler, action.lease.kind))
-                left_s = action.lease.expires_at - now
-                if left_s <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
-                    self._failures.count(action.lease.scheduler, now)
+        for lease in [action.lease for action in actions if isinstance(action, LeaseEnded)]:
+            self._ageing.seen((lease.scheduler, lease.request_id), now)
+            if lease.accepted:
+                continue
+            if refused:
+                self._ageing.over((lease.scheduler, lease.kind))
+            if lease.expires_at - now <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
+                self._failures.count(lease.scheduler, now)
 
     def _reached(self, scheduler: str, reached: bool, now: float) -> list[ArbiterAction]:
         """Its requests that wait for that are offered something now, or given up."""
@@ -351,13 +350,16 @@ class Arbiter:
     def _offer(self, contender: _Waiting, now: float) -> list[ArbiterAction]:
         request = contender.request
         scheduler = request.scheduler
+
+        def ignored(reason: str, cause: Cause = "other") -> list[ArbiterAction]:
+            return [Ignored(request.request_id, scheduler.peer, reason, cause)]
+
         if now >= contender.before:
-            return [Ignored(request.request_id, scheduler.peer, "an offer would come too late")]
+            return ignored("an offer would come too late")
         if self._has_an_offer(request):
-            reason = "its scheduler has not answered another offer yet"
-            return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
+            return ignored("its scheduler has not answered another offer yet", "duplicate")
         if (low := self.pricing.too_low(request, contender.cached)) is not None:
-            return [Ignored(request.request_id, scheduler.peer, *low)]
+            return ignored(*low)
         free = self.book.free
         self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
         kept = self._ageing.kept_for(now)
@@ -368,11 +370,10 @@ class Arbiter:
             if kept is not None and fits(request.resources, free):
                 reason = "what is free is kept for a request that has waited for longer"
             self._ageing.blocked(contender.waiter)
-            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+            return ignored(reason, "resources")
         if not self.gpus.fits(request.resources.gpu):
-            reason = "no GPU has as much memory free as it asks for"
             self._ageing.blocked(contender.waiter)
-            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+            return ignored("no GPU has as much memory free as it asks for", "resources")
         free = structs.replace(free, gpu=self.gpus.largest(free.gpu))
         whole = self._terms.strategy == "whole" and request.executor.kind == "train" and kept is None
         lease_id, worker = self._new_id(), self._worker()
@@ -405,7 +406,7 @@ class Arbiter:
                 # an offer whose lease has ended by then is no offer
                 actions.append(SendOffer(scheduler, offer, min(contender.before, now + temporary_s)))
             elif isinstance(answer, Denied):
-                actions.append(Ignored(request.request_id, scheduler.peer, answer.reason, "resources"))
+                actions.extend(ignored(answer.reason, "resources"))
             else:
                 actions.append(answer)
         return actions
