@@ -30,7 +30,7 @@ from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 WORKERS = 20
 PROCESSES = 2

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ from hypha.cli.chaos.faults import TargetJob
 from hypha.config.environment import child_environment
 from hypha.messages import ExecutorDescriptor, Loaded, ModelSpec, PeerRef, Peers, TrainJob
 from hypha.worker.processes.keepers import Launch, OwnExecutor
-from hypha.worker.processes.process import run_executor
+from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
 
 REPEATS = 5
@@ -68,9 +69,8 @@ async def loaded(network: Network, model: Path, number: int, host: SharedHost | 
     async with trio.open_nursery() as nursery:
 
         async def run(*, task_status: trio.TaskStatus[int]) -> None:
-            ended = await run_executor(
-                launch, trio.Event(), 0.0, kill=kill, host=host, task_status=task_status
-            )
+            begun = replace(launch, on_start=task_status.started)
+            ended = await run_executor(begun, trio.Event(), 0.0, kill=kill, supervision=Supervision(host))
             if not kill.is_set():
                 raise RuntimeError(f"the executor ended with exit code {ended.code}:\n{ended.tail}")
 

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from hypha.messages import LedgerFile, LedgerRound, Manifest
     from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root
     from hypha.scheduler import JobResult, read_ledger, run_job
-    from hypha.worker import run_worker
+    from hypha.worker.node import run_worker
 
 _MODULES = {
     "hypha.config.models": ("DataConfig", "GatewayConfig", "SchedulerConfig", "WorkerConfig"),
@@ -100,7 +100,7 @@ _MODULES = {
     "hypha.messages": ("LedgerFile", "LedgerRound", "Manifest"),
     "hypha.pki.authority": ("CaFiles", "MadeFiles", "make_node", "make_org", "make_root"),
     "hypha.scheduler": ("JobResult", "read_ledger", "run_job"),
-    "hypha.worker": ("run_worker",),
+    "hypha.worker.node": ("run_worker",),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from hypha.errors import ModelError
 from hypha.executor.inner.local_model import VARIABLE, bytes_allowed, cap_memory, share_of
-from hypha.worker.limits.devices import MEMORY_VARIABLE
+from hypha.worker.limits.gpus import MEMORY_VARIABLE
 
 
 def test_worker_and_executor_mean_the_same_variable() -> None:

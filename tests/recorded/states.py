@@ -55,7 +55,7 @@ from hypha.scheduler.status.history import FILE, HistoryFile, read_history
 from hypha.scheduler.status.round_record import RoundRecord
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import Owner, ReplicaStore
 

@@ -96,7 +96,7 @@ from hypha.tracing import round_traceparent
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 MANIFEST = Manifest(
     name="digits",

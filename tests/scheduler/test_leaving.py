@@ -21,16 +21,31 @@ from hypha.scheduler.leasing.holding import OVERSTAY_S
 from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers
+from hypha.worker.leasing.service import LeaseService
 
 #: Expiry would be noticed by no test here.
 TERMS = OfferConfig(lease_s=600.0, temporary_lease_s=2.0)
 
 
+class WatchedLeaving(Leaving):
+    """One that says when it has left."""
+
+    def __init__(self, node: Node, lease_service: LeaseService) -> None:
+        super().__init__(node, lease_service)
+        self.left = trio.Event()
+
+    async def run(self) -> None:
+        await super().run()
+        self.left.set()
+
+
 @asynccontextmanager
-async def opened_worker(network: VirtualNetwork, gateway: Node) -> AsyncIterator[tuple[Worker, Leaving]]:
+async def opened_worker(
+    network: VirtualNetwork, gateway: Node
+) -> AsyncIterator[tuple[Worker, WatchedLeaving]]:
     async with network.leaf("worker", [gateway], roles=("worker",)) as node, trio.open_nursery() as nursery:
         worker = Worker(node, TERMS, 1.0)
-        leaving = Leaving(node, worker.lease_service)
+        leaving = WatchedLeaving(node, worker.lease_service)
         await nursery.start(serve_offers, node, worker.lease_service)
         nursery.start_soon(leaving.run)
         yield worker, leaving

@@ -23,7 +23,7 @@ from hypha.config.job import JobResourcesConfig, NeedsConfig, PriceConfig
 from hypha.config.offers import OfferConfig
 from hypha.errors import NetworkError, Refused
 from hypha.journal import Journal
-from hypha.leases import Lease
+from hypha.leases import Bind, Lease
 from hypha.messages import (
     ExecutorClass,
     ExecutorDescriptor,
@@ -44,7 +44,7 @@ from hypha.telemetry import instruments as metrics
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 EXECUTORS = (
     ExecutorDescriptor(kind="train", name="diloco-transformer"),
@@ -77,7 +77,7 @@ class Worker:
 
     @property
     def is_free(self) -> bool:
-        return self.lease_service.free == self.lease_service.total
+        return self.lease_service.arbiter.book.free == self.lease_service.arbiter.book.total
 
     def held_for(self, node: Node) -> bool:
         return any(lease.accepted and lease.scheduler == node.peer_id for lease in self.lease_service.leases)
@@ -319,21 +319,15 @@ async def test_a_worker_hosts_training_and_parameter_server_under_two_leases(net
         pool.want("aggregate", 1)
         await until(lambda: len(pool.leases) == 2)
         for lease in pool.leases:
-            mine = worker.lease_service.lease_for_dispatch(
-                lease.lease_id, scheduler.peer_id, lease.kind, "job"
-            )
+            mine = worker.lease_service.granted(Bind(lease.lease_id, scheduler.peer_id, lease.kind, "job"))
             assert mine.job_id == "job"
             with pytest.raises(Refused, match="bound to job"):
-                worker.lease_service.lease_for_dispatch(
-                    lease.lease_id, scheduler.peer_id, lease.kind, "other"
-                )
+                worker.lease_service.granted(Bind(lease.lease_id, scheduler.peer_id, lease.kind, "other"))
             wrong: ExecutorClass = "aggregate" if lease.kind == "train" else "train"
             with pytest.raises(Refused, match="it is for"):
-                worker.lease_service.lease_for_dispatch(lease.lease_id, scheduler.peer_id, wrong, "job")
+                worker.lease_service.granted(Bind(lease.lease_id, scheduler.peer_id, wrong, "job"))
             with pytest.raises(Refused, match="no lease"):
-                worker.lease_service.lease_for_dispatch(
-                    lease.lease_id, worker.node.peer_id, lease.kind, "job"
-                )
+                worker.lease_service.granted(Bind(lease.lease_id, worker.node.peer_id, lease.kind, "job"))
 
 
 @virtual_time

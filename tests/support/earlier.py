@@ -23,7 +23,7 @@ from hypha.net.bulk.wire import WANT_ALPN, WANT_PROTOCOL
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import ArbiterAction
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 
 def without_wants(node: Libp2pNode) -> None:

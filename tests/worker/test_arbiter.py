@@ -15,6 +15,7 @@ from hypha.features import NAMES
 from hypha.journal import Journal
 from hypha.leases import Bind, Granted, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.worker.leasing.ageing import LONGEST_PAUSE_S
 from hypha.worker.leasing.arbiter import MAX_WAITING, MAX_WAITING_OF_ONE, Arbiter
 from hypha.worker.leasing.events import (
     ArbiterAction,
@@ -26,7 +27,7 @@ from hypha.worker.leasing.events import (
     RequestReceived,
     SendOffer,
 )
-from hypha.worker.leasing.vetting import LONGEST_PAUSE_S, WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 TOTAL = Resources(cpu=8, memory=32, gpu=16, storage=100)
 TRAIN = ExecutorDescriptor(kind="train", name="diloco-transformer")

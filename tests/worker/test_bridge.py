@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -68,6 +68,7 @@ from hypha.worker.bridge.server import (
     bind_bridge,
     serve_bridge,
 )
+from hypha.worker.bridge.spans import ExecutorSpans
 from hypha.worker.jobs.directory import JobDirectory
 
 
@@ -82,7 +83,8 @@ class FileHandlers:
         self.outcomes: tuple[Delivery, ...] = ()
         self.slices = Feed[FetchedFile]()
         self.fetching = 0
-        self.spans: list[FinishedSpan] = []
+        self.exported: list[FinishedSpan] = []
+        self.spans = ExecutorSpans(self.exported.extend, "job-1")
         self.full = False
         #: the trace in which each event and span was taken
         self.traces: list[str | None] = []
@@ -112,20 +114,11 @@ class FileHandlers:
             pass
         return Sent(deliveries=self.outcomes)
 
-    def open_arrivals(self, kinds: frozenset[str]) -> AbstractContextManager[Feed[ReceivedFile]]:
-        return self.arrivals.open(kinds)
-
-    def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
-        return self.directives.open()
-
     def report(self, event: Event) -> None:
         if self.full:
             raise Refused("busy", "too many events wait")
         self.events.append(event)
         self.traces.append(traceparent())
-
-    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
-        self.spans.extend(spans)
 
 
 @asynccontextmanager
@@ -418,7 +411,7 @@ async def test_a_call_is_carried_out_in_the_callers_span_and_spans_are_taken(tmp
         assert handlers.traces == [None, parent, None]
         span = FinishedSpan(name="Train", trace_id="a" * 32, span_id="b" * 16, start_ns=1, end_ns=2)
         assert (await post(client, "/spans", SpansCall(spans=(span,)))).status_code == 200
-        assert handlers.spans == [span]
+        assert handlers.exported == [msgspec.structs.replace(span, attributes={"hypha.job": "job-1"})]
         answer = await client.post("/spans", content=b'{"spans": [{}]}')
         assert (answer.status_code, answer.json()["error"]) == (400, "malformed")
 

@@ -12,10 +12,8 @@ import trio
 from hypha.config.environment import child_environment
 from hypha.messages import Resources
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.limits.confining import Confined
-from hypha.worker.limits.devices import GpuShare, Visibility
-from hypha.worker.limits.gpus import Gpu
-from hypha.worker.limits.limits import Means
+from hypha.worker.limits.gpus import Gpu, GpuShare
+from hypha.worker.limits.limits import Confined, Means
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
@@ -52,8 +50,8 @@ async def run(directory: JobDirectory, confined: Confined, script: str) -> tuple
         with trio.fail_after(30):
             ended = await run_executor(confined.launch(launch), trio.Event(), 1.0, kill=kill)
         nursery.cancel_scope.cancel()
-    confined.judge(ended)
-    await confined.remove()
+    confined.judge(ended.code != 0 and not ended.stopped)
+    await confined.limits.remove()
     return ended, told
 
 
@@ -86,7 +84,7 @@ async def test_what_fits_is_nobodys_business(tmp_path: Path) -> None:
 
 def test_its_environment_names_its_own_gpus(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
-    gpus = Visibility(tuple(Gpu("nvidia", name, "A10", 24 * 10**9, "here") for name in "0123"))
+    gpus = tuple(Gpu("nvidia", name, "A10", 24 * 10**9, "here") for name in "0123")
     share = GpuShare((2, 3), 12.0)
     confined = Confined(Means(gpus=gpus), "hypha-x", Resources(cpu=2), share, directory)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "PATH": "/bin", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}

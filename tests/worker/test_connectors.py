@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from blake3 import blake3
@@ -69,7 +70,7 @@ async def fetch(
     servers: Servers, directory: Path, resource: str = "model", **limits: float
 ) -> dict[str, bytes]:
     rules = Allowance(AllowConfig.model_validate({"max_file_gb": 1.0, **limits}))
-    connectors = Connectors(rules, servers.ask, servers.pull)
+    connectors = Connectors(rules, SimpleNamespace(request=servers.ask, transfers=servers))  # type: ignore[arg-type]
     paths = await connectors.fetch(Peers(peers=(A, B), resource=resource), directory, "job")
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
@@ -124,7 +125,7 @@ async def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
     with small_disks(tmp_path, "disk", megabytes=4) as (disk,), http_server(_weights) as base:
         rules = Allowance(AllowConfig(local=[f"{tmp_path}/*"], uri=[f"{base}/*"], max_file_gb=1.0))
         servers = Servers(FILES)
-        connectors = Connectors(rules, servers.ask, servers.pull)
+        connectors = Connectors(rules, SimpleNamespace(request=servers.ask, transfers=servers))  # type: ignore[arg-type]
         disk.fill()
         for reference in (Local(url=str(tmp_path / "weights")), Uri(value=f"{base}/weights")):
             with pytest.raises(Refused, match=r"make space on that disk: '.*disk/weights'") as caught:

@@ -20,7 +20,7 @@ from hypha.worker.control import Call, send_call, serve_control, socket_in
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 T = TypeVar("T")
 
@@ -56,10 +56,10 @@ async def test_a_worker_is_drained_and_makes_offers_again(network: Network, tmp_
         assert stat.S_IMODE(socket_in(tmp_path).stat().st_mode) == 0o600
         answer, _ = await asked(lambda: send_call(tmp_path, Call(what="drain")))
         assert (answer.state, answer.leases, answer.refused) == ("is drained, and makes no new offers", 0, "")
-        assert lease_service.is_closed
+        assert lease_service.arbiter.closed
         answer, _ = await asked(lambda: send_call(tmp_path, Call(what="resume")))
         assert answer.state == "makes offers"
-        assert not lease_service.is_closed
+        assert not lease_service.arbiter.closed
         for within_s in (0.0, -1.0):
             answer, _ = await asked(lambda: send_call(tmp_path, Call(what="leave", within_s=within_s)))  # noqa: B023
             assert "no time to leave within" in answer.refused
@@ -97,7 +97,7 @@ async def test_a_long_work_dir_is_no_obstacle(network: Network, tmp_path: Path) 
     work_dir.mkdir()
     async with controlled(network, work_dir) as (_, lease_service):
         await asked(lambda: send_call(work_dir, Call(what="drain")))
-        assert lease_service.is_closed
+        assert lease_service.arbiter.closed
 
 
 async def test_a_socket_that_was_left_is_replaced_and_one_in_use_is_not(
@@ -108,7 +108,7 @@ async def test_a_socket_that_was_left_is_replaced_and_one_in_use_is_not(
         async with controlled(network, tmp_path) as (_, second):
             assert "cannot be drained by command" in caplog.text
             await asked(lambda: send_call(tmp_path, Call(what="drain")))
-            assert (first.is_closed, second.is_closed) == (True, False)
+            assert (first.arbiter.closed, second.arbiter.closed) == (True, False)
 
 
 async def test_what_is_no_call_ends_its_connection_alone(network: Network, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ async def test_what_is_no_call_ends_its_connection_alone(network: Network, tmp_p
                 await stream.send_eof()
                 assert await stream.receive_some() == b""
         await asked(lambda: send_call(tmp_path, Call(what="drain")))
-        assert lease_service.is_closed
+        assert lease_service.arbiter.closed
 
 
 async def test_without_a_worker_the_error_says_where_it_was_looked_for(tmp_path: Path) -> None:

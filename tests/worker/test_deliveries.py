@@ -10,7 +10,7 @@ import trio.testing
 
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Delivery, JobStamp, PeerRef, TransferMeta
-from hypha.worker.jobs.deliveries import GIVE_UP_AFTER_S, Deliveries
+from hypha.worker.jobs.files import GIVE_UP_AFTER_S, Deliveries
 
 FILE = Path("theta")
 A, B, C = (PeerRef(peer=name) for name in "abc")
@@ -29,7 +29,7 @@ class Wire:
         self.attempts: list[str] = []
         self.slow: dict[str, float] = {}
 
-    async def transfer(self, peer: PeerRef, path: Path, meta: TransferMeta, patience_s: float) -> None:
+    async def send(self, peer: PeerRef, path: Path, meta: TransferMeta, patience_s: float) -> None:
         assert patience_s == GIVE_UP_AFTER_S
         self.attempts.append(peer.peer)
         await trio.sleep(self.slow.get(peer.peer, 0.1))
@@ -44,7 +44,7 @@ def ok(peer: str) -> Delivery:
 
 async def test_all_at_once_each_with_its_own_outcome(autojump_clock: trio.testing.MockClock) -> None:
     wire = Wire(b=[Refused("stale", "old", "b")], c=[TransferFailed("c", "theta", "cut")])
-    found = await Deliveries(wire.transfer).deliver(FILE, meta(), [A, B, C], "all")
+    found = await Deliveries(wire).deliver(FILE, meta(), [A, B, C], "all")
     (ours, refused, failed) = found
     assert ours == ok("a")
     assert refused == Delivery(peer="b", acknowledged=False, error="stale", detail="old")
@@ -55,12 +55,12 @@ async def test_all_at_once_each_with_its_own_outcome(autojump_clock: trio.testin
 
 async def test_duplicate_means_that_it_is_there(autojump_clock: trio.testing.MockClock) -> None:
     wire = Wire(a=[Refused("duplicate", "have it", "a")])
-    assert await Deliveries(wire.transfer).deliver(FILE, meta(), [A], "all") == (ok("a"),)
+    assert await Deliveries(wire).deliver(FILE, meta(), [A], "all") == (ok("a"),)
 
 
 async def test_one_is_enough_for_strategy_one(autojump_clock: trio.testing.MockClock) -> None:
     wire = Wire(a=[Refused("uninvited", "who", "a")])
-    found = await Deliveries(wire.transfer).deliver(FILE, meta(), [A, B, C], "one")
+    found = await Deliveries(wire).deliver(FILE, meta(), [A, B, C], "one")
     assert [delivery.acknowledged for delivery in found] == [False, True]
     assert wire.attempts == ["a", "b"]
 
@@ -68,7 +68,7 @@ async def test_one_is_enough_for_strategy_one(autojump_clock: trio.testing.MockC
 async def test_newer_round_overtakes_an_older_one(autojump_clock: trio.testing.MockClock) -> None:
     wire = Wire()
     wire.slow["a"] = 1000.0
-    deliveries = Deliveries(wire.transfer)
+    deliveries = Deliveries(wire)
     outcomes: dict[int, tuple[Delivery, ...]] = {}
 
     async def send(round_: int, kind: str = "theta") -> None:
@@ -90,7 +90,7 @@ async def test_asked_for_again_it_is_not_sent_twice_at_a_time(autojump_clock: tr
     """A second one would only take the way, and a place, of the first."""
     wire = Wire()
     wire.slow["a"] = 30.0
-    deliveries = Deliveries(wire.transfer)
+    deliveries = Deliveries(wire)
     outcomes: list[tuple[Delivery, ...]] = []
 
     async def send() -> None:
@@ -109,7 +109,7 @@ async def test_who_asked_again_is_served_when_who_asked_first_has_left(
 ) -> None:
     wire = Wire()
     wire.slow["a"] = 30.0
-    deliveries = Deliveries(wire.transfer)
+    deliveries = Deliveries(wire)
     outcomes: list[tuple[Delivery, ...]] = []
     first = trio.CancelScope()
 
@@ -142,7 +142,7 @@ async def test_who_asked_again_is_served_when_who_asked_first_has_left(
 async def test_what_is_newer_overtakes(autojump_clock: trio.testing.MockClock, later: JobStamp) -> None:
     wire = Wire()
     wire.slow["a"] = 1000.0
-    deliveries = Deliveries(wire.transfer)
+    deliveries = Deliveries(wire)
     outcomes: list[tuple[Delivery, ...]] = []
 
     async def send(stamp: JobStamp) -> None:
@@ -161,7 +161,7 @@ async def test_what_is_newer_overtakes(autojump_clock: trio.testing.MockClock, l
 async def test_receiver_that_left_is_given_up_at_once(autojump_clock: trio.testing.MockClock) -> None:
     wire = Wire()
     wire.slow["b"] = GIVE_UP_AFTER_S
-    deliveries = Deliveries(wire.transfer)
+    deliveries = Deliveries(wire)
     async with trio.open_nursery() as nursery:
 
         async def left() -> None:

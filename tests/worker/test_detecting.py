@@ -10,17 +10,17 @@ import pytest
 
 from hypha.messages import Resources
 from hypha.telemetry.resources import GpuReading
-from hypha.worker.limits.detecting import DetectedMachine, Roots, detect, lowered
+from hypha.worker.limits.detecting import DetectedMachine, detect, lowered
 from hypha.worker.limits.gpus import Gpu, find_gpus
 
 
-def tree(root: Path, files: dict[str, str]) -> Roots:
+def tree(root: Path, files: dict[str, str]) -> Path:
     """The kernel's files of another machine."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return Roots(root / "cgroup", root / "proc", root / "sys")
+    return root
 
 
 def test_without_limits_it_is_all_there_is(tmp_path: Path) -> None:
@@ -65,10 +65,10 @@ def test_memory_is_the_kernels_own_total(tmp_path: Path) -> None:
     ids=["v2", "v1"],
 )
 def test_a_containers_limits_count(tmp_path: Path, own: str, files: dict[str, str], version: str) -> None:
-    roots = tree(
-        tmp_path, {"proc/self/cgroup": own, **{f"cgroup/{name}": text for name, text in files.items()}}
+    root = tree(
+        tmp_path, {"proc/self/cgroup": own, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
     )
-    found = detect(tmp_path, {}, roots)
+    found = detect(tmp_path, {}, root)
     assert found.cpu == 0.5
     assert found.memory == 2.0
     assert found.cpu_by == f"a quota of this process's cgroup ({version})"
@@ -122,8 +122,8 @@ def test_the_library_of_nvidia_tells_most() -> None:
 
 
 def test_without_it_the_driver_tells_what_there_is_but_not_the_memory(tmp_path: Path) -> None:
-    roots = tree(tmp_path, NVIDIA)
-    found = find_gpus({}, roots.proc, roots.sys, read=nothing)
+    root = tree(tmp_path, NVIDIA)
+    found = find_gpus({}, root, read=nothing)
     assert [(one.name, one.model, one.memory_bytes) for one in found] == [
         ("0", "NVIDIA A10", 0),
         ("1", "NVIDIA T4", 0),
@@ -135,13 +135,13 @@ def test_without_it_the_driver_tells_what_there_is_but_not_the_memory(tmp_path: 
 
 
 def test_rocm_is_read_from_its_topology(tmp_path: Path) -> None:
-    roots = tree(tmp_path, ROCM)
-    found = find_gpus({}, roots.proc, roots.sys, read=nothing)
+    root = tree(tmp_path, ROCM)
+    found = find_gpus({}, root, read=nothing)
     assert found == (
         Gpu("amd", "0", "AMD GPU (gfx 90400)", 0, "ROCm's kernel driver", ""),
         Gpu("amd", "1", "aldebaran", 68702699520, "ROCm's kernel driver", "GPU-00000000000000ff"),
     )
-    (one,) = find_gpus({"ROCR_VISIBLE_DEVICES": "GPU-00000000000000ff"}, roots.proc, roots.sys, read=nothing)
+    (one,) = find_gpus({"ROCR_VISIBLE_DEVICES": "GPU-00000000000000ff"}, root, read=nothing)
     assert one.model == "aldebaran"
 
 
@@ -158,8 +158,8 @@ def test_rocm_is_read_from_its_topology(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_environment_hides_is_not_there(tmp_path: Path, visible: str, models: list[str]) -> None:
-    roots = tree(tmp_path, NVIDIA)
-    found = find_gpus({"CUDA_VISIBLE_DEVICES": visible}, roots.proc, roots.sys, read=nothing)
+    root = tree(tmp_path, NVIDIA)
+    found = find_gpus({"CUDA_VISIBLE_DEVICES": visible}, root, read=nothing)
     assert [one.model for one in found] == models
     assert [one.name for one in found] == [part.strip() for part in visible.split(",")][: len(found)]
 

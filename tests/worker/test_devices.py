@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from hypha.worker.limits.devices import (
+from hypha.worker.limits.gpus import (
     MEMORY_VARIABLE,
+    Gpu,
     GpuBoard,
     GpuShare,
-    Visibility,
+    gpu_environment,
     memory_of_each,
     sees_no_gpu,
 )
-from hypha.worker.limits.gpus import Gpu
 
 A = Gpu("nvidia", "0", "A", 24 * 10**9, "here", "GPU-a")
 B = Gpu("nvidia", "1", "B", 24 * 10**9, "here", "GPU-b")
@@ -102,24 +102,26 @@ def test_memory_that_nobody_tells_is_what_the_configuration_offers() -> None:
 
 
 def test_an_executor_sees_its_own_and_is_told_what_it_may_use() -> None:
-    shown = Visibility((A, B))
-    assert shown.environment(GpuShare((1,), 12.0), capped=True) == {
+    assert gpu_environment((A, B), GpuShare((1,), 12.0), {}, capped=True) == {
         "CUDA_VISIBLE_DEVICES": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         MEMORY_VARIABLE: "12000000000",
     }
-    assert shown.environment(GpuShare((0, 1), 24.0), capped=False)["CUDA_VISIBLE_DEVICES"] == "0,1"
-    none = shown.environment(GpuShare(), capped=True)
+    both = gpu_environment((A, B), GpuShare((0, 1), 24.0), {}, capped=False)
+    assert both["CUDA_VISIBLE_DEVICES"] == "0,1"
+    none = gpu_environment((A, B), GpuShare(), {}, capped=True)
     assert none == {"CUDA_VISIBLE_DEVICES": ""}
     assert sees_no_gpu(none)
-    assert Visibility().environment(GpuShare(), capped=True) == {}
+    assert gpu_environment((), GpuShare(), {"CUDA_VISIBLE_DEVICES": "3"}, capped=True) == {
+        "CUDA_VISIBLE_DEVICES": "3"
+    }
     assert not sees_no_gpu({})
 
 
 def test_rocms_second_filter_is_not_inherited() -> None:
-    shown = Visibility((Gpu("amd", "0", "MI300", 192 * 10**9, "here"),))
-    assert shown.environment(GpuShare((0,), 100.0), capped=False) == {"ROCR_VISIBLE_DEVICES": "0"}
-    assert "HIP_VISIBLE_DEVICES" in shown.hidden()
-    assert "HIP_VISIBLE_DEVICES" not in Visibility((A,)).hidden()
-    assert "CUDA_VISIBLE_DEVICES" in Visibility((A,)).hidden(), "the worker's own, which names more"
-    assert Visibility().hidden() == frozenset()
+    amd = Gpu("amd", "0", "MI300", 192 * 10**9, "here")
+    inherited = {"HIP_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": "0,1", "ROCR_VISIBLE_DEVICES": "0,1"}
+    share = GpuShare((0,), 100.0)
+    assert gpu_environment((amd,), share, inherited, capped=False) == {"ROCR_VISIBLE_DEVICES": "0"}
+    found = gpu_environment((A,), GpuShare(), inherited, capped=False)
+    assert found == {"HIP_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": ""}, "the worker's own names more"

@@ -61,7 +61,7 @@ def prefetcher(worker: Node, cache: SliceCache, place: Path, assigned: SliceAssi
     (place / "slices").mkdir()
     return SlicePrefetcher(
         ask,
-        worker.transfers.pull,
+        worker.transfers,
         cache,
         SliceDemand("set", "incarnation", place / "slices", lambda: JobStamp(job_id="job")),
     )

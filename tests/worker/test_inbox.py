@@ -11,7 +11,7 @@ from hypha.errors import Refused
 from hypha.messages import JobStamp, TransferMeta
 from hypha.worker.bridge.feeds import FileArrivals
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.jobs.inbox import MAX_WAITING, ExecutorInbox
+from hypha.worker.jobs.files import MAX_WAITING, ExecutorInbox
 
 
 class Setting:
@@ -20,7 +20,9 @@ class Setting:
         self.arrivals = FileArrivals(self.directory.path)
         self.senders: frozenset[str] | None = frozenset({"ps"})
         stamp = JobStamp(job_id="job", generation=3)
-        self.inbox = ExecutorInbox(stamp, self.directory, self.arrivals, lambda: self.senders, max_bytes=100)
+        self.inbox = ExecutorInbox(
+            lambda: stamp, self.directory, self.arrivals, lambda: self.senders, max_bytes=100
+        )
 
     async def send(self, caller: str, meta: TransferMeta) -> Path:
         path = await self.inbox.gate(caller, meta)

@@ -216,7 +216,8 @@ async def test_nothing_of_it_is_left_wherever_it_hides(place: Place, how: str) -
         made = place.launch(GROWS, "exit" if how == "exit" else "deaf")
 
         async def run(*, task_status: trio.TaskStatus[int]) -> None:
-            await run_executor(made, trio.Event(), 60.0, kill=kill, task_status=task_status)
+            begun = replace(made, on_start=task_status.started)
+            await run_executor(begun, trio.Event(), 60.0, kill=kill)
 
         keeper = await nursery.start(run)
         await family(place.directory.path)

@@ -63,7 +63,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk.transfers import meta_of
-from hypha.worker import run_worker
+from hypha.worker.node import run_worker
 
 pytestmark = pytest.mark.loopback
 

@@ -15,7 +15,6 @@ from hypha.config.environment import child_environment
 from hypha.errors import ConfigError
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import (
-    Bounds,
     CgroupPlaces,
     find_cgroups,
     make_groups,
@@ -23,9 +22,8 @@ from hypha.worker.limits.cgroups import (
     usable_cgroups,
     usable_v2,
 )
-from hypha.worker.limits.cores import CorePins
 from hypha.worker.limits.limits import Limits, Means, apply_limits, mechanisms, most_processes
-from hypha.worker.limits.usage import Quota
+from hypha.worker.limits.usage import CorePins, Quota
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
 
@@ -109,14 +107,14 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
         assert all(group.is_dir() for group in limits.groups)
         ended = await eat(tmp_path, limits)
         assert ended.code == -9
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
     finally:
         await limits.remove()
     assert not any(group.exists() for group in limits.groups)
     roomy = apply_limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=1))
     try:
         assert (await eat(tmp_path, roomy)).code == 0
-        assert roomy.verdict() == ""
+        assert roomy.denied() is None
     finally:
         await roomy.remove()
 
@@ -178,7 +176,7 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
         "1 GB memory by cgroup v2, 1 cores by affinity (3) and thread counts, 512 processes by cgroup v1, "
         "2 GB in its directory, watched"
     )
-    said = mechanisms("auto", places, cache_gb=20)
+    said = mechanisms(Means("auto", places), cache_gb=20)
     assert said["memory"] == "cgroup v2 (memory.max)"
     assert said["cores"] == "affinity and thread counts"
     assert said["processes"] == "cgroup v1 (pids.max)"
@@ -191,11 +189,11 @@ def test_without_cgroups_processes_are_watched() -> None:
     limits = apply_limits(Means("auto", CgroupPlaces(), max_processes=7), "x", Resources(cpu=2, memory=1))
     assert limits.quota == Quota(processes=7)
     assert not apply_limits(Means("auto", CgroupPlaces(), max_processes=0), "x", Resources(cpu=2)).quota
-    said = mechanisms("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")}))
+    said = mechanisms(Means("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")})), cache_gb=20)
     assert said["memory"] == "RLIMIT_DATA of each process"
     assert said["processes"] == said["disk"] == "watched by the worker every 1 s"
-    assert set(mechanisms("none", CgroupPlaces())) == set(said)
-    assert "not enforced" in mechanisms("none", CgroupPlaces())["memory"]
+    assert set(mechanisms(Means("none"), cache_gb=20)) == set(said)
+    assert "not enforced" in mechanisms(Means("none"), cache_gb=20)["memory"]
 
 
 def test_the_bound_of_processes_grows_with_the_cores() -> None:
@@ -206,11 +204,11 @@ def test_the_bound_of_processes_grows_with_the_cores() -> None:
 def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path) -> None:
     limits = Limits("1 GB memory by cgroup v2", groups=(tmp_path,))
     (tmp_path / "memory.events").write_text("low 0\nhigh 3\nmax 9\noom 0\noom_kill 0\n")
-    assert limits.verdict() == ""
+    assert limits.denied() is None
     (tmp_path / "pids.events").write_text("max 4\n")
-    assert "refused another process or thread 4 times" in limits.verdict()
+    assert "refused another process or thread 4 times" in str(limits.denied())
     (tmp_path / "memory.events").write_text("max 9\noom 1\noom_kill 1\n")
-    assert "want of memory" in limits.verdict()
+    assert "want of memory" in str(limits.denied())
 
 
 def test_groups_of_workers_that_were_killed_are_removed(tmp_path: Path) -> None:
@@ -262,7 +260,8 @@ def test_a_delegated_v2_gives_what_it_has_to_executors(tmp_path: Path) -> None:
     # this process moved into a leaf, as a group with processes of its own gives its children nothing
     assert (place / "hypha-worker" / "cgroup.procs").read_text() == str(os.getpid())
     assert (place / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
-    groups = make_groups(CgroupPlaces(place, {}, usable_v2(place)), "hypha-x", Bounds(2.0, 0.001, 64))
+    places = CgroupPlaces(place, {}, usable_v2(place))
+    groups = make_groups(places, "hypha-x", Resources(memory=2.0, cpu=0.001), 64)
     assert groups == (place / "hypha-x",)
     written = {path.name: path.read_text() for path in groups[0].iterdir()}
     assert written == {

@@ -10,10 +10,10 @@ import pytest
 from hypha.config.models import WorkerConfig
 from hypha.config.offers import ResourcesConfig
 from hypha.errors import ConfigError
-from hypha.worker import run_worker
 from hypha.worker.limits.cgroups import usable_cgroups
 from hypha.worker.limits.detecting import DetectedMachine
-from hypha.worker.node import offered
+from hypha.worker.limits.limits import suffice
+from hypha.worker.node import offered, run_worker
 
 
 def config(**keys: Any) -> WorkerConfig:
@@ -42,7 +42,7 @@ def test_no_more_is_offered_than_there_is(caplog: pytest.LogCaptureFixture) -> N
     assert words["resource cpu"] == "64 offered (2 cores: all)"
 
 
-@pytest.mark.skipif(bool(usable_cgroups()), reason="there are cgroups here")
+@pytest.mark.skipif(suffice(usable_cgroups()), reason="there are cgroups here")
 async def test_cgroups_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="limits: no writable cgroup"):
         await run_worker(config(work_dir=tmp_path, limits="cgroup"))

@@ -12,12 +12,12 @@ from trio.testing import MockClock
 
 from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
-from hypha.leases import Lease, Tick
+from hypha.leases import Bind, Drained, Hold, Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived, SendOffer
-from hypha.worker.leasing.service import MAX_LOGGED, LeaseService, granted
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.service import MAX_LOGGED, LeaseService
+from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.signals import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
@@ -64,15 +64,15 @@ async def test_leases_end_to_the_moment_even_when_stopping_one_fails(
         lease_service.handle(request(number))
         await trio.sleep(1.0)
         offer = offers[-1].offer
-        granted(lease_service.handle(RenewAsked(offer.lease_id, "S")), offer.lease_id)
+        lease_service.granted(RenewAsked(offer.lease_id, "S"))
         accepted_at[offer.request_id] = trio.current_time()
-    assert lease_service.free == Resources()
+    assert lease_service.arbiter.book.free == Resources()
     with caplog.at_level(logging.CRITICAL if not fail else logging.ERROR, logger="hypha.worker"):
         await trio.sleep(60.0)
     assert [name for _, name in ended] == ["r0", "r1", "r2"]
     for when, name in ended:
         assert when == pytest.approx(accepted_at[name] + 30.0, abs=1e-3)
-    assert lease_service.free == lease_service.total
+    assert lease_service.arbiter.book.free == lease_service.arbiter.book.total
     assert start < ended[0][0]
     assert len([record for record in caplog.records if "could not be stopped" in record.message]) == 3 * fail
 
@@ -98,7 +98,7 @@ async def test_a_worker_without_leases_says_what_it_waits_for(
         await trio.sleep(1.0)
         lease = offers[-1].offer.lease_id
         for _ in range(30):
-            granted(lease_service.handle(RenewAsked(lease, "S")), lease)
+            lease_service.granted(RenewAsked(lease, "S"))
             await trio.sleep(10.0)
         assert caplog.messages == []
 
@@ -114,12 +114,12 @@ async def test_a_temporary_lease_that_nobody_took_ends_silently(
     await trio.sleep(0.3)
     [lease] = lease_service.leases
     with pytest.raises(Refused, match="never accepted"):
-        lease_service.lease_for_dispatch(lease.lease_id, "S", "train", "job")
+        lease_service.granted(Bind(lease.lease_id, "S", "train", "job"))
     await trio.sleep(5.0)
     assert lease_service.leases == ()
     assert ended == []
     with pytest.raises(Refused, match="no lease"):
-        lease_service.lease_for_dispatch(lease.lease_id, "S", "train", "job")
+        lease_service.granted(Bind(lease.lease_id, "S", "train", "job"))
 
 
 async def test_resources_of_an_ended_lease_stay_held_while_its_executor_stops(
@@ -133,13 +133,13 @@ async def test_resources_of_an_ended_lease_stay_held_while_its_executor_stops(
     await trio.sleep(0.3)
     lease_id = offers[0].offer.lease_id
     lease_service.handle(RenewAsked(lease_id, "S"))
-    lease_service.lease_for_dispatch(lease_id, "S", "train", "job")
-    lease_service.hold(lease_id, 10.0)
+    lease_service.granted(Bind(lease_id, "S", "train", "job"))
+    lease_service.granted(Hold(lease_id, 10.0))
     await trio.sleep(31.0)
     assert len(ended) == 1
-    assert lease_service.free == Resources(cpu=2)
-    lease_service.drained(lease_id)
-    assert lease_service.free == lease_service.total
+    assert lease_service.arbiter.book.free == Resources(cpu=2)
+    lease_service.handle(Drained(lease_id))
+    assert lease_service.arbiter.book.free == lease_service.arbiter.book.total
 
 
 async def test_what_this_version_lacks_is_told_once_and_only_so_much_of_it(
@@ -189,7 +189,9 @@ async def test_a_worker_shows_its_price_its_load_and_what_its_leases_bring(
     lease_service.handle(RenewAsked(sent.offer.lease_id, "S"))
     await trio.sleep(10.0)
     lease_service.handle(Tick())
-    assert lease_service.pricing.in_words == "3 a lease (2 at rest, floor 0.5, utilization, load 100 %)"
+    assert (
+        lease_service.arbiter.pricing.in_words == "3 a lease (2 at rest, floor 0.5, utilization, load 100 %)"
+    )
     shown = {labels["of"]: amount for labels, amount in prices(lease_service)}
     assert shown == {"floor": 0.5, "rest": 2.0, "threshold": 3.0, "leases": 2.5}
 
@@ -200,11 +202,11 @@ async def test_a_renewal_says_whether_others_ask_for_what_is_leased(autojump_clo
     lease_service.handle(RequestReceived("S", replace(request(0).request, resources=Resources(cpu=3))))
     await trio.sleep(0.3)
     [sent] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
-    lease = granted(lease_service.handle(RenewAsked(sent.offer.lease_id, "S")), sent.offer.lease_id)
-    assert lease_service.contention(lease, now) == (False, False)
+    lease = lease_service.granted(RenewAsked(sent.offer.lease_id, "S"))
+    assert lease_service.arbiter.contention(lease, now) == (False, False)
     await trio.sleep(10.0)
     other = replace(request(1).request, scheduler=PeerRef(peer="T"))
     lease_service.handle(RequestReceived("T", other))
     await trio.sleep(0.3)
     lease_service.handle(Tick())
-    assert lease_service.contention(lease, trio.current_time()) == (True, False)
+    assert lease_service.arbiter.contention(lease, trio.current_time()) == (True, False)

@@ -38,7 +38,7 @@ async def deliver(scheduler: Scheduler, *names: str) -> list[tuple[int, Loaded]]
         await outbox.wait_empty()
         for event in events(*names):
             outbox.put(STAMP, event)
-        assert outbox.waiting == len(names)
+        assert len(outbox._waiting) == len(names)
         await outbox.wait_empty()
         nursery.cancel_scope.cancel()
     return [(report.seq, report.event) for report in scheduler.asked if isinstance(report.event, Loaded)]

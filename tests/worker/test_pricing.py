@@ -16,7 +16,7 @@ from hypha.messages import ExecutorClass, PeerRef, Resources, WorkerRequest
 from hypha.worker.leasing.ageing import FORGOTTEN_S
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import Ignored, OfferFailed, RenewAsked, RequestReceived
-from hypha.worker.leasing.pricing import Pricing, load_of
+from hypha.worker.leasing.terms import Pricing, load_of
 
 HALF = Resources(cpu=4, memory=16, gpu=8)
 

@@ -177,8 +177,8 @@ async def test_a_stopped_family_is_killed_with_a_stopped_keeper(tmp_path: Path) 
         groups: list[int] = []
 
         async def run(*, task_status: trio.TaskStatus[int]) -> None:
-            made = launch(tmp_path, GROWS, "deaf")
-            ended.append(await run_executor(made, trio.Event(), 60.0, kill=kill, task_status=task_status))
+            made = replace(launch(tmp_path, GROWS, "deaf"), on_start=task_status.started)
+            ended.append(await run_executor(made, trio.Event(), 60.0, kill=kill))
 
         groups.append(await nursery.start(run))
         pids = await family(tmp_path)
@@ -232,9 +232,11 @@ trio.run(run_executor, launch, trio.Event(), 60.0)
 async def test_kill_9_of_the_keeper_kills_the_executor(tmp_path: Path) -> None:
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
-        group = await nursery.start(run_executor, launch(tmp_path, GROWS), stop, 1.0)
+        groups: list[int] = []
+        made = replace(launch(tmp_path, GROWS), on_start=groups.append)
+        nursery.start_soon(run_executor, made, stop, 1.0)
         pids = await family(tmp_path)
-        os.kill(group, signal.SIGKILL)
+        os.kill(groups[0], signal.SIGKILL)
         await until(lambda: not running(pids[0]))
     # without a worker that adopts them nobody knows of those that have left the session
     for pid in pids[1:]:
@@ -245,8 +247,7 @@ ADOPTS = """
 import sys, trio
 from pathlib import Path
 from hypha.config.environment import child_environment
-from hypha.worker.processes.keepers import Launch
-from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.keepers import Launch, Orphans
 from hypha.worker.processes.process import Supervision, run_executor
 
 async def main():

@@ -10,15 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from hypha.beneath import directory_below
 from hypha.config.environment import variable
-from hypha.worker.limits.quotas import (
-    ProjectQuotas,
-    Volume,
-    find_volume,
-    project_of,
-    set_project,
-    usable_quotas,
-)
+from hypha.worker.limits import quotas
+from hypha.worker.limits.quotas import ProjectQuotas, Volume, find_volume, set_project, usable_quotas
 
 MOUNTS = """\
 22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw,prjquota
@@ -51,6 +46,13 @@ def test_a_device_without_quotas_says_so() -> None:
     assert caught.value.errno in (errno.ENOTBLK, errno.ENOSYS, errno.EPERM)
 
 
+def project_of(directory: Path) -> int:
+    """0: none."""
+    with directory_below(directory) as descriptor:
+        found = quotas._ioctl(descriptor, quotas._GET_ATTRIBUTES)
+    return int(quotas._ATTRIBUTES.unpack(found)[3])
+
+
 def test_a_directory_belongs_to_no_project_until_it_is_told(tmp_path: Path) -> None:
     """The kernel understands what it is asked, whether it can do it or not."""
     try:
@@ -68,21 +70,21 @@ def test_a_directory_belongs_to_no_project_until_it_is_told(tmp_path: Path) -> N
 
 @pytest.mark.skipif(variable("HYPHA_QUOTA_DIR") is None, reason="no file system with project quotas is named")
 def test_what_is_more_than_the_quota_is_refused_and_links_go_on() -> None:
-    quotas = usable_quotas(Path(variable("HYPHA_QUOTA_DIR") or "."))
-    assert quotas is not None
+    usable = usable_quotas(Path(variable("HYPHA_QUOTA_DIR") or "."))
+    assert usable is not None
     one, other = (Path(variable("HYPHA_QUOTA_DIR") or ".") / name for name in ("quota-one", "quota-other"))
     for directory in (one, other):
         directory.mkdir()
-    project = quotas.bound([one, other], 10**6)
+    project = usable.bound([one, other], 10**6)
     try:
         (one / "file").write_bytes(b"x" * 500_000)
         (one / "file").rename(other / "file")
         with pytest.raises(OSError, match="quota") as caught:
             (one / "more").write_bytes(b"x" * 800_000)
         assert caught.value.errno == errno.EDQUOT
-        assert quotas.used_bytes(project) >= 500_000
+        assert usable.used_bytes(project) >= 500_000
     finally:
-        quotas.release(project)
+        usable.release(project)
         for directory in (one, other):
             for path in directory.iterdir():
                 path.unlink()

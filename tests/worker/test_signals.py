@@ -40,7 +40,7 @@ def progress(round_: int, samples: int, attempt: int = 0) -> Progress:
 
 
 async def test_samples_are_counted_once_and_never_taken_back(signals: Signals) -> None:
-    shown = ExecutionSignals(JOB, "train", "L", None)
+    shown = ExecutionSignals(JOB, "L", emits=False)
     expected = 0
     for report, new in [
         (progress(0, 8), 8),
@@ -59,7 +59,7 @@ async def test_samples_are_counted_once_and_never_taken_back(signals: Signals) -
         expected += new
         assert signals.reading(metrics.TRAINING_SAMPLES) == expected
     # another executor counts from nothing
-    ExecutionSignals(JOB, "train", "L", None).reported(progress(0, 3))
+    ExecutionSignals(JOB, "L", emits=False).reported(progress(0, 3))
     assert signals.reading(metrics.TRAINING_SAMPLES) == expected + 3
 
 
@@ -67,7 +67,7 @@ async def test_an_executors_life_is_a_span_below_its_dispatch(
     signals: Signals, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="hypha.worker")
-    shown = ExecutionSignals(JOB, "train", "L", lambda spans: None)
+    shown = ExecutionSignals(JOB, "L", emits=True)
     traced = shown.begin()
     assert traced is not None
     stamp = JobStamp(job_id=JOB.job_id, generation=1, round=3)
@@ -106,7 +106,7 @@ async def test_an_executors_life_is_a_span_below_its_dispatch(
 
 
 async def test_an_outer_step_is_timed_once(signals: Signals, autojump_clock: MockClock) -> None:
-    shown = ExecutionSignals(JOB, "aggregate", "L", None)
+    shown = ExecutionSignals(JOB, "L", emits=False)
     applied = RoundApplied(round=0, theta="t1", contributors=("a",))
     shown.steered(CloseRound(round=0))
     await trio.sleep(0.3)
@@ -121,9 +121,9 @@ async def test_an_outer_step_is_timed_once(signals: Signals, autojump_clock: Moc
 
 @pytest.mark.parametrize("emits", [False, True])
 async def test_an_executor_whose_spans_nobody_exports_is_not_asked_for_any(emits: bool) -> None:
-    shown = ExecutionSignals(JOB, "train", "L", (lambda spans: None) if emits else None)
+    shown = ExecutionSignals(JOB, "L", emits)
     assert (shown.begin() is not None) == emits
-    untold = ExecutionSignals(train_job(), "train", "L", lambda spans: None)
+    untold = ExecutionSignals(train_job(), "L", emits=True)
     assert untold.begin() is None, "the scheduler does not trace"
     assert untold.trace_of(JobStamp(job_id="j")) is None
 

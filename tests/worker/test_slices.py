@@ -72,7 +72,7 @@ class World:
         self.at_the_end: Callable[[], None] | None = None
         self.answers: list[Response | Exception] = []
         self.slices = 1000
-        self.prefetcher = SlicePrefetcher(self.ask, self.pull, self.cache, self.demand(prefetch_s=prefetch_s))
+        self.prefetcher = SlicePrefetcher(self.ask, self, self.cache, self.demand(prefetch_s=prefetch_s))
 
     def demand(self, **more: Any) -> SliceDemand:
         return SliceDemand("digits", "incarnation", self.directory, self.stamp, **more)
@@ -435,7 +435,7 @@ async def test_a_slice_is_a_span_and_a_duration_and_the_cache_is_counted(
     world.troubles["a"] = PeerUnreachable("a", "it is down")
     world.prefetcher = SlicePrefetcher(
         world.ask,
-        world.pull,
+        world,
         world.cache,
         world.demand(
             trace_of=lambda stamp: round_traceparent(stamp.job_id, stamp.generation, stamp.round, 1.0)
@@ -519,7 +519,7 @@ async def test_a_slice_that_is_not_in_the_manifest_is_not_used(
         return DatasetDescription(manifest=manifest, manifest_hash="what it says is not asked")
 
     check = ManifestCheck(request, "digits", manifest_hash(manifest))
-    world.prefetcher = SlicePrefetcher(world.ask, world.pull, world.cache, world.demand(), check)
+    world.prefetcher = SlicePrefetcher(world.ask, world, world.cache, world.demand(), check)
     good = world.slice(0)
     world.answers = [
         msgspec.structs.replace(good, samples=2),

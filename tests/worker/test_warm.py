@@ -198,12 +198,11 @@ async def test_a_stopped_family_is_killed_with_a_stopped_keeper(bridges: Network
         async def killed(*, task_status: trio.TaskStatus[int]) -> None:
             ended.append(
                 await run_executor(
-                    made,
+                    replace(made, on_start=task_status.started),
                     trio.Event(),
                     60.0,
                     kill=kill,
                     supervision=Supervision(Sure(shared_host())),
-                    task_status=task_status,
                 )
             )
 
@@ -246,7 +245,7 @@ async def test_cgroups_hold(bridges: Network) -> None:
     try:
         ended = await run(launch(bridges, EATS, *limits.launch_options()))
         assert ended.code == -9, ended.tail
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in limits.verdict()
+        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
     finally:
         await limits.remove()
 

@@ -26,7 +26,7 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
     from hypha.messages import Resources
     from hypha.worker.limits.cgroups import usable_cgroups
     from hypha.worker.limits.detecting import detect, lowered
-    from hypha.worker.limits.limits import mechanisms
+    from hypha.worker.limits.limits import Means, mechanisms
     from hypha.worker.limits.quotas import usable_quotas
 
     machine = detect(config.work_dir, child_environment())
@@ -35,8 +35,8 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
     for name, found in machine.describe().items():
         yield f"resource {name}: {getattr(offered, name):g} offered ({found})"
     quotas = usable_quotas(config.work_dir) if config.work_dir.is_dir() else None
-    volume = None if quotas is None else quotas.volume
-    enforced = mechanisms(config.limits.enforce, usable_cgroups(), machine.gpus, config.cache.max_gb, volume)
+    means = Means(config.limits.enforce, usable_cgroups(), gpus=machine.gpus, quotas=quotas)
+    enforced = mechanisms(means, config.cache.max_gb)
     yield from (f"limit {name}: {by}" for name, by in enforced.items())
     for claim in claims:
         yield f"advice: {claim}"
@@ -98,7 +98,7 @@ def run(
     """Run until SIGINT or SIGTERM."""
     loaded = common.load_to_run(PROGRAM, config, node, logs, ("--work-dir", "work_dir", work_dir))
     from hypha.telemetry.running import emit_spans
-    from hypha.worker import run_worker
+    from hypha.worker.node import run_worker
 
     # a notice of the machine's end leaves more time, and what was trained is handed over in it
     service = partial(run_worker, loaded, emit_spans=emit_spans(), alone=True)

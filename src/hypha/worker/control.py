@@ -51,7 +51,6 @@ class ControlReply(Value, frozen=True):
 
 
 def socket_in(work_dir: Path) -> Path:
-    """Where a worker with that work directory listens."""
     return work_dir / "control.sock"
 
 
@@ -79,20 +78,12 @@ async def serve_control(
             await trio.aclose_forcefully(stream)
 
     try:
-        await trio.serve_listeners(serve, [trio.SocketListener(listener)], task_status=_Ready(task_status))
+        async with trio.open_nursery() as nursery:
+            await nursery.start(trio.serve_listeners, serve, [trio.SocketListener(listener)])
+            task_status.started()
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-class _Ready:
-    """Passes on that it has started, without the listeners."""
-
-    def __init__(self, status: trio.TaskStatus[None]) -> None:
-        self._status = status
-
-    def started(self, value: object = None) -> None:
-        self._status.started()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from hypha.runtime import in_thread, is_simulated, lack_of_space
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.telemetry.page import worker_routes
+from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.bridge.spans import EmitSpans
 from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
@@ -38,19 +39,18 @@ from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
-from hypha.worker.leasing.service import LeaseService
-from hypha.worker.leasing.vetting import WorkerCapacity
-from hypha.worker.limits.cgroups import CgroupPlaces, remove_stale_groups, usable_cgroups
-from hypha.worker.limits.cores import CorePins
+from hypha.worker.leasing.terms import WorkerCapacity
+from hypha.worker.limits.cgroups import remove_stale_groups, usable_cgroups
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
-from hypha.worker.limits.devices import Visibility, memory_of_each
+from hypha.worker.limits.gpus import memory_of_each
 from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
-from hypha.worker.limits.quotas import ProjectQuotas, usable_quotas
+from hypha.worker.limits.quotas import usable_quotas
+from hypha.worker.limits.usage import CorePins
 from hypha.worker.processes.isolation import check_bubblewrap
-from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.keepers import Orphans
 from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import ExecutorHost, open_host
-from hypha.worker.signals import shown, watch_resources
+from hypha.worker.signals import shown
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
@@ -63,14 +63,20 @@ LAST_S = 4.0
 STOP_LEAVE_S = 1.5
 
 
-async def work(
+async def run_worker(
     config: WorkerConfig,
-    emit_spans: EmitSpans | None = None,
     *,
+    emit_spans: EmitSpans | None = None,
     alone: bool = False,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """See :func:`hypha.worker.run_worker`."""
+    """Work until cancelled; ``task_status`` gives this node once it listens and receives requests.
+    ``emit_spans`` exports the spans of executors, and must not block; without, they record none. ``alone``:
+    this process does nothing else, so it adopts and ends what executors leave behind
+    (:class:`~hypha.worker.processes.keepers.Orphans`), and lets none of this user's processes look into it.
+
+    Cancelled, it kills its executors and is gone within 5 s. Raises ConfigError (IdentityError).
+    """
     if alone:
         # executors run as the same user: the key in memory, and secrets in the environment, are not theirs
         keeper.deny_inspection()
@@ -85,16 +91,15 @@ async def work(
         logger.warning("Removed %s, which an earlier worker left behind.", path)
     machine = await in_thread(detect, config.work_dir, child_environment())
     config, words = offered(config, machine)
-    quotas = await in_thread(usable_quotas, config.work_dir)
-    words |= _in_force(config, cgroups, machine, quotas)
     means = Means(
         mode=config.limits.enforce,
         cgroups=cgroups,
         max_processes=config.limits.max_processes,
-        gpus=Visibility(machine.gpus),
+        gpus=machine.gpus,
         cores=CorePins(usable_cores()),
-        quotas=quotas,
+        quotas=await in_thread(usable_quotas, config.work_dir),
     )
+    words |= _in_force(means, config.cache.max_gb)
     await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
     async with _in_order(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
@@ -108,19 +113,12 @@ async def work(
                         orphans.adopt()
                     async with open_host(config, child_environment(), orphans.starting) as host:
                         hosts += [] if host is None else [host]
-                        run = partial(
-                            run_process,
-                            supervision=Supervision(host, running, orphans if alone else None),
-                        )
-                        async with watch_resources(config.work_dir, lambda: dict(running)):
+                        supervision = Supervision(host, running, orphans if alone else None)
+                        backend = ExecutorBackend(partial(run_process, supervision=supervision), emit_spans)
+                        disks = watch_disks({"work_dir": [config.work_dir]})
+                        async with disks, watch_machine(lambda: dict(running)):
                             node.health_details.append(lambda: words)
-                            await serve(
-                                config,
-                                node,
-                                means,
-                                ExecutorBackend(run, emit_spans),
-                                task_status=task_status,
-                            )
+                            await serve(config, node, means, backend, task_status=task_status)
 
 
 def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfig, dict[str, str]]:
@@ -140,12 +138,9 @@ def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfi
     return config.model_copy(update={"resources": section}), words
 
 
-def _in_force(
-    config: WorkerConfig, cgroups: CgroupPlaces, machine: DetectedMachine, quotas: ProjectQuotas | None
-) -> dict[str, str]:
+def _in_force(means: Means, cache_gb: float) -> dict[str, str]:
     """By what each resource is enforced, for the health of the node; logged, too."""
-    volume = None if quotas is None else quotas.volume
-    found = mechanisms(config.limits.enforce, cgroups, machine.gpus, config.cache.max_gb, volume)
+    found = mechanisms(means, cache_gb)
     logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
     return {f"limit {name}": by for name, by in found.items()}
 
@@ -168,15 +163,12 @@ async def _in_order(last_s: float) -> AsyncIterator[tuple[trio.CancelScope, trio
     """
     first, last = trio.CancelScope(), trio.CancelScope(shield=True)
 
-    async def pass_on() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            first.cancel()
-            last.deadline = trio.current_time() + last_s
+    def pass_on() -> None:
+        first.cancel()
+        last.deadline = trio.current_time() + last_s
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(pass_on)
+        nursery.start_soon(_when_cancelled, pass_on)
         yield first, last
         nursery.cancel_scope.cancel()
 
@@ -194,7 +186,6 @@ async def serve(
     its arbiter and its leases.
     """
     bind(worker_peer_id=node.peer_id)
-    environment = child_environment()
     allowance = Allowance(config.allow, config.exclude_cidr)
     if config.allow.local:
         logger.warning(
@@ -206,16 +197,15 @@ async def serve(
         config=config,
         cache=SliceCache(config.work_dir.resolve() / "cache", config.cache),
         allowance=allowance,
-        connectors=Connectors(allowance, node.request, node.transfers.pull),
+        connectors=Connectors(allowance, node),
         means=means,
-        environment=environment,
         backend=backend,
     )
     arbiter = Arbiter(
         WorkerCapacity(
             Resources(**config.resources.model_dump()),
             [ExecutorDescriptor(kind=one.kind, name=one.name) for one in config.executors],
-            memory_of_each(means.gpus.gpus, config.resources.gpu),
+            memory_of_each(means.gpus, config.resources.gpu),
         ),
         config.offer,
         node.ref,
@@ -224,18 +214,16 @@ async def serve(
     stopped = trio.Event()
     # cancelled from outside, the worker goes on for a moment: it leaves first
     async with trio.open_nursery() as outside:
-        outside.start_soon(_set_when_cancelled, stopped)
+        outside.start_soon(_when_cancelled, stopped.set)
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
-                jobs = Jobs(context, nursery)
-                lease_service = jobs.lease_service = LeaseService(
-                    arbiter, jobs.lease_ended, context.cache.datasets
-                )
+                jobs = Jobs(context, nursery, arbiter)
+                lease_service = jobs.lease_service
                 leaving = Leaving(node, lease_service)
                 nursery.start_soon(_end_when_left, leaving, config.preemption, stopped, nursery.cancel_scope)
                 jobs.answer()
                 node.health_details.append(
-                    lambda: {"offers": leaving.in_words, "price": lease_service.pricing.in_words}
+                    lambda: {"offers": leaving.in_words, "price": arbiter.pricing.in_words}
                 )
                 if not is_simulated():
                     gauges.enter_context(shown(jobs, lease_service, context.cache))
@@ -260,11 +248,11 @@ async def serve(
         outside.cancel_scope.cancel()
 
 
-async def _set_when_cancelled(event: trio.Event) -> None:
+async def _when_cancelled(call: Callable[[], None]) -> None:
     try:
         await trio.sleep_forever()
     finally:
-        event.set()
+        call()
 
 
 async def _end_when_left(

@@ -1,15 +1,13 @@
-"""The gauges of a worker: its executors and leases, what is free, its cache, and what its machine does."""
+"""The gauges of a worker: its executors and leases, what is free, and its cache."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 from hypha.messages import ExecutorClass, Resources
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Reading
-from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.jobs.jobs import Jobs
 from hypha.worker.leasing.service import LeaseService
 from hypha.worker.slices.cache import SliceCache
@@ -31,40 +29,27 @@ def shown(jobs: Jobs, lease_service: LeaseService, cache: SliceCache) -> Iterato
     def amounts(of: Resources) -> Iterable[Reading]:
         return [({"resource": name}, getattr(of, name)) for name in ("cpu", "memory", "gpu", "storage")]
 
-    for counter in (
-        metrics.TRAINING_SAMPLES,
-        metrics.WORKER_OFFERS,
-        metrics.CACHE_LOOKUPS,
-        metrics.LIMITS_EXCEEDED,
-    ):
+    counters = (metrics.TRAINING_SAMPLES, metrics.WORKER_OFFERS, metrics.CACHE_LOOKUPS)
+    for counter in (*counters, metrics.LIMITS_EXCEEDED):
         counter.begin()
     with (
         metrics.WORKER_JOBS.watch(lambda: [({"kind": kind}, jobs.running(kind)) for kind in _KINDS]),
         metrics.WORKER_LEASES.watch(leases),
-        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.free)),
-        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.total)),
+        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.arbiter.book.free)),
+        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.arbiter.book.total)),
         metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
         metrics.WORKER_PRICE.watch(lambda: prices(lease_service)),
-        metrics.WORKER_LOAD.watch(lambda: lease_service.pricing.load),
+        metrics.WORKER_LOAD.watch(lambda: lease_service.arbiter.pricing.load),
     ):
         yield
 
 
 def prices(lease_service: LeaseService) -> list[Reading]:
     """What the worker takes for a lease, and gets for those that it has given."""
-    pricing = lease_service.pricing
+    pricing = lease_service.arbiter.pricing
     return [
-        ({"of": "floor"}, pricing.floor),
+        ({"of": "floor"}, pricing.terms.floor),
         ({"of": "rest"}, pricing.at_rest),
         ({"of": "threshold"}, pricing.asked),
         ({"of": "leases"}, sum(lease.price for lease in lease_service.leases if lease.accepted)),
     ]
-
-
-@contextlib.asynccontextmanager
-async def watch_resources(
-    work_dir: Path, running: Callable[[], Mapping[int, ExecutorClass]]
-) -> AsyncIterator[None]:
-    """Those of the machine meanwhile; ``running`` gives the executors' process groups."""
-    async with watch_disks({"work_dir": [work_dir]}), watch_machine(running):
-        yield

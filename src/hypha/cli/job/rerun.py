@@ -30,7 +30,7 @@ from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds import machine as rounds
 from hypha.worker.leasing import arbiter
 from hypha.worker.leasing.events import ArbiterBegan, ArbiterEvent
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 #: of a line that is shown
 _SHOWN = 2000

@@ -31,7 +31,7 @@ from hypha.runtime import in_thread
 from hypha.scheduler import JobResult, JobSnapshot, Observation, run_job
 from hypha.scheduler.status.history import History, keep_history
 from hypha.scheduler.status.round_record import Now, Past, RoundRecord
-from hypha.scheduler.status.snapshot import JobSnapshot, LogLine
+from hypha.scheduler.status.snapshot import LogLine
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.http.hosts import is_loopback
 from hypha.telemetry.logs import level_name

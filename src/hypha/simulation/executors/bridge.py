@@ -110,11 +110,11 @@ class Bridge:
 
     async def directives(self, handler: Callable[[Directive], None]) -> None:
         """Call ``handler`` for each, until cancelled."""
-        await self._follow(self._handlers.open_directives, handler)
+        await self._follow(self._handlers.directives.open, handler)
 
     async def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
         """Call ``handler`` for each file that arrives, until cancelled."""
-        await self._follow(lambda: self._handlers.open_arrivals(frozenset(kinds)), handler)
+        await self._follow(lambda: self._handlers.arrivals.open(frozenset(kinds)), handler)
 
     async def _follow(
         self, open_: Callable[[], AbstractContextManager[Feed[Any]]], handler: Callable[[Any], None]

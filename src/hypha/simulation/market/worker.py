@@ -15,7 +15,7 @@ from hypha.scheduler.leasing.events import (
 from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import ArbiterAction, ArbiterEvent, OfferFailed, SendOffer
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 
 
 class MarketWorker:

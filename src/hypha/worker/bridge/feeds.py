@@ -76,8 +76,6 @@ def _key(directive: Directive) -> tuple[str, str]:
 
 
 class Directives:
-    """The directives of one executor."""
-
     def __init__(self) -> None:
         self._newest: dict[tuple[str, str], tuple[int, Directive]] = {}
         #: in the order in which they were opened
@@ -117,7 +115,6 @@ class FileArrivals:
         self._feeds: dict[Feed[ReceivedFile], frozenset[str]] = {}
 
     def put(self, file: ReceivedFile) -> None:
-        """``file`` has arrived."""
         self._files = [*self.waiting(), file]
         for feed, kinds in self._feeds.items():
             if file.meta.kind in kinds:

@@ -37,7 +37,6 @@ part of that trace."""
 
 
 def openapi() -> dict[str, object]:
-    """An OpenAPI 3.1 document."""
     calls = [FetchCall, SendCall, ReceiveCall, StatusCall, SpansCall]
     types = [*calls, Job, FetchedFile, Sent, ReceivedFile, Directive, BridgeError]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
@@ -47,19 +46,17 @@ def openapi() -> dict[str, object]:
         return {"content": {kind: {"schema": schema}}}
 
     def operation(
-        summary: str,
-        answer: dict[str, object],
-        errors: dict[str, str],
-        call: object = None,
+        summary: str, answer: dict[str, object], errors: dict[str, str], call: object = None
     ) -> dict[str, object]:
         failures = {
             status: {"description": meaning, **content("application/json", by_type[BridgeError])}
             for status, meaning in errors.items()
         }
-        body: dict[str, object] = {}
-        if call is not None:
-            body["requestBody"] = {"required": True, **content("application/json", by_type[call])}
-        return {"summary": summary, **body, "responses": {"200": answer, **failures}}
+        found: dict[str, object] = {"summary": summary, "responses": {"200": answer, **failures}}
+        if call is None:
+            return {"get": found}
+        found["requestBody"] = {"required": True, **content("application/json", by_type[call])}
+        return {"post": found}
 
     def answer(description: str, schema: object, kind: str = "application/json") -> dict[str, object]:
         return {"description": description, **content(kind, schema)}
@@ -77,52 +74,42 @@ def openapi() -> dict[str, object]:
         "openapi": "3.1.0",
         "info": {"title": "Hypha executor bridge", "version": __version__, "description": _DESCRIPTION},
         "paths": {
-            "/job": {"get": operation("What is to be done", answer("the job", by_type[Job]), {})},
-            "/resources/fetch": {
-                "post": operation(
-                    "Bring files into the job directory; for dataset slices, wait for the next one",
-                    answer("the files", {"type": "array", "items": by_type[FetchedFile]}),
-                    {**bad, **files, "409": "a peer refused", "502": "nobody could be reached"},
-                    FetchCall,
-                )
-            },
-            "/resources/send": {
-                "post": operation(
-                    "Send a file of the job directory; answered when it is decided for every receiver",
-                    answer("at least one receiver has acknowledged", by_type[Sent]),
-                    {
-                        **bad,
-                        **files,
-                        "409": "nobody acknowledged, and one refused: `error` is its code",
-                        "502": "nobody could be reached",
-                    },
-                    SendCall,
-                )
-            },
-            "/resources/receive": {
-                "post": operation(
-                    "Files that peers send to this job, as they arrive whole",
-                    answer("events", by_type[ReceivedFile], stream),
-                    bad,
-                    ReceiveCall,
-                )
-            },
-            "/directives": {
-                "get": operation(
-                    "What the scheduler wants: the newest of each kind, then as they come",
-                    answer("events", by_type[Directive], stream),
-                    {},
-                )
-            },
-            "/status/send": {"post": operation("Send an event to the scheduler", done, bad, StatusCall)},
-            "/spans": {
-                "post": operation(
-                    "Spans to export, where the job is traced; one that is refused is not to be repeated",
-                    done,
-                    {**bad, "409": "this worker exports no traces (`unsupported`), or there were too many"},
-                    SpansCall,
-                )
-            },
+            "/job": operation("What is to be done", answer("the job", by_type[Job]), {}),
+            "/resources/fetch": operation(
+                "Bring files into the job directory; for dataset slices, wait for the next one",
+                answer("the files", {"type": "array", "items": by_type[FetchedFile]}),
+                {**bad, **files, "409": "a peer refused", "502": "nobody could be reached"},
+                FetchCall,
+            ),
+            "/resources/send": operation(
+                "Send a file of the job directory; answered when it is decided for every receiver",
+                answer("at least one receiver has acknowledged", by_type[Sent]),
+                {
+                    **bad,
+                    **files,
+                    "409": "nobody acknowledged, and one refused: `error` is its code",
+                    "502": "nobody could be reached",
+                },
+                SendCall,
+            ),
+            "/resources/receive": operation(
+                "Files that peers send to this job, as they arrive whole",
+                answer("events", by_type[ReceivedFile], stream),
+                bad,
+                ReceiveCall,
+            ),
+            "/directives": operation(
+                "What the scheduler wants: the newest of each kind, then as they come",
+                answer("events", by_type[Directive], stream),
+                {},
+            ),
+            "/status/send": operation("Send an event to the scheduler", done, bad, StatusCall),
+            "/spans": operation(
+                "Spans to export, where the job is traced; one that is refused is not to be repeated",
+                done,
+                {**bad, "409": "this worker exports no traces (`unsupported`), or there were too many"},
+                SpansCall,
+            ),
         },
         "components": {"schemas": components},
     }

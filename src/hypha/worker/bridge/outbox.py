@@ -36,38 +36,30 @@ class Outbox:
         self._kind: ExecutorClass = kind
         self._incarnation = incarnation
         self._seq = 0
-        #: with the ``traceparent`` of the span in which the executor reported it
-        self._waiting: deque[tuple[ReportEvent, str | None]] = deque()
-        #: their bytes, as they are sent
-        self._sizes: deque[int] = deque()
+        #: with its bytes as it is sent, and the ``traceparent`` of the span in which the executor reported it
+        self._waiting: deque[tuple[ReportEvent, int, str | None]] = deque()
         self._some = trio.Event()
         self._empty = trio.Event()
         self._empty.set()
 
     def put(self, stamp: JobStamp, event: Event) -> None:
-        """Take charge of ``event``; never blocks. For an executor :meth:`check_room` is called before."""
+        """Take charge of ``event``; never blocks. For an executor :meth:`check_space` is called before."""
         self._seq += 1
         report = ReportEvent(
             stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
         )
-        self._waiting.append((report, traceparent()))
-        self._sizes.append(len(encode(report)))
+        self._waiting.append((report, len(encode(report)), traceparent()))
         if self._empty.is_set():
             self._empty = trio.Event()
         self._some.set()
 
     def check_space(self) -> None:
         """Raise Refused (``busy``) when as many events wait as may."""
-        if len(self._waiting) >= MAX_WAITING or sum(self._sizes) > MAX_WAITING_BYTES:
+        size = sum(size for _, size, _ in self._waiting)
+        if len(self._waiting) >= MAX_WAITING or size > MAX_WAITING_BYTES:
             raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler")
 
-    @property
-    def waiting(self) -> int:
-        """Events not acknowledged yet."""
-        return len(self._waiting)
-
     async def wait_empty(self) -> None:
-        """Return once every event was acknowledged."""
         await self._empty.wait()
 
     async def run(self) -> None:
@@ -77,7 +69,7 @@ class Outbox:
             while not self._waiting:
                 self._some = trio.Event()
                 await self._some.wait()
-            report, reported_in = self._waiting[0]
+            report, _, reported_in = self._waiting[0]
             fields = {"job_id": report.stamp.job_id, "event": type(report.event).__name__}
             try:
                 with trace_context(reported_in):
@@ -96,7 +88,6 @@ class Outbox:
             backoff.reset()
             reminder.reset()
             self._waiting.popleft()
-            self._sizes.popleft()
             if not self._waiting:
                 self._empty.set()
 

@@ -1,7 +1,7 @@
 """The bridge: what one executor can ask of its worker, as JSON over HTTP on a private Unix socket.
 
-The contract is in ARCHITECTURE.md and, for machines, in ``/openapi.json``. Errors are ``{error, detail}``
-with a 4xx or 5xx status. A call whose client goes away is cancelled, so it takes nothing it cannot
+The contract is in :mod:`hypha.worker.bridge` and, for machines, in ``/openapi.json``. Errors are ``{error,
+detail}`` with a 4xx or 5xx status. A call whose client goes away is cancelled, so it takes nothing it cannot
 deliver. The bridge ends when its executor has ended; until then it never blocks the worker, nor fills its
 memory: connections, calls under way, streams and what waits in them, bodies and events are bounded, and what
 is too much for now is answered 503 ``busy``.
@@ -30,15 +30,12 @@ from hypha.errors import NetworkError, Refused, Undecodable
 from hypha.messages import (
     MAX_EVENT_BYTES,
     BridgeError,
-    Directive,
     Event,
     ExecutorExited,
     FetchCall,
     FetchedFile,
-    FinishedSpan,
     Job,
     ReceiveCall,
-    ReceivedFile,
     Reference,
     SendCall,
     Sent,
@@ -47,8 +44,9 @@ from hypha.messages import (
 )
 from hypha.telemetry.http.hypercorn import BoundedConfig, serve
 from hypha.tracing import trace_context
-from hypha.worker.bridge.feeds import Feed
+from hypha.worker.bridge.feeds import Directives, Feed, FileArrivals
 from hypha.worker.bridge.openapi import openapi
+from hypha.worker.bridge.spans import ExecutorSpans
 
 logger = logging.getLogger("hypha.worker.bridge")
 
@@ -78,6 +76,10 @@ StructT = TypeVar("StructT", bound=msgspec.Struct)
 class BridgeHandlers(Protocol):
     """Who does what the bridge is asked for. All may raise errors of the tree."""
 
+    arrivals: FileArrivals
+    directives: Directives
+    spans: ExecutorSpans
+
     @property
     def job(self) -> Job:
         """With its secrets."""
@@ -88,17 +90,8 @@ class BridgeHandlers(Protocol):
     async def send(self, call: SendCall) -> Sent:
         """See ``/resources/send``; nobody may have acknowledged."""
 
-    def open_arrivals(self, kinds: frozenset[str]) -> AbstractContextManager[Feed[ReceivedFile]]:
-        """See ``/resources/receive``."""
-
-    def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
-        """See ``/directives``."""
-
     def report(self, event: Event) -> None:
         """See ``/status/send``; must not block."""
-
-    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
-        """See ``/spans``; must not block."""
 
 
 def bind_bridge(socket_path: Path) -> socket.socket:
@@ -140,7 +133,6 @@ async def serve_bridge(
 
 
 def make_app(handlers: BridgeHandlers) -> Starlette:
-    """The ASGI application, of one executor."""
     calls, streams = trio.CapacityLimiter(MAX_CALLS), trio.CapacityLimiter(MAX_STREAMS)
 
     async def get_job(_: bytes) -> Response:
@@ -163,10 +155,10 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
 
     async def receive(body: bytes) -> Response:
         kinds = frozenset(_decode(body, ReceiveCall).kinds)
-        return EventStream(lambda: handlers.open_arrivals(kinds), streams)
+        return EventStream(lambda: handlers.arrivals.open(kinds), streams)
 
     async def directives(_: bytes) -> Response:
-        return EventStream(handlers.open_directives, streams)
+        return EventStream(handlers.directives.open, streams)
 
     async def report(body: bytes) -> Response:
         if len(body) > MAX_EVENT_BYTES:
@@ -183,67 +175,51 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
         return _json({})
 
     async def take_spans(body: bytes) -> Response:
-        handlers.take_spans(_decode(body, SpansCall).spans)
+        handlers.spans.take(_decode(body, SpansCall).spans)
         return _json({})
 
-    def endpoint(call: Callable[[bytes], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        return _limited(_endpoint(call), calls)
+    def route(path: str, method: str, call: Callable[[bytes], Awaitable[Response]]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                calls.acquire_on_behalf_of_nowait(request)
+            except trio.WouldBlock:
+                return _busy(f"{MAX_CALLS} calls are under way")
+            try:
+                return await _answer(request, call)
+            finally:
+                calls.release_on_behalf_of(request)
+
+        return Route(path, endpoint, methods=[method])
 
     return Starlette(
         routes=[
-            Route("/openapi.json", endpoint(get_openapi), methods=["GET"]),
-            Route("/job", endpoint(get_job), methods=["GET"]),
-            Route("/directives", endpoint(directives), methods=["GET"]),
-            Route("/resources/fetch", endpoint(fetch), methods=["POST"]),
-            Route("/resources/send", endpoint(send), methods=["POST"]),
-            Route("/resources/receive", endpoint(receive), methods=["POST"]),
-            Route("/status/send", endpoint(report), methods=["POST"]),
-            Route("/spans", endpoint(take_spans), methods=["POST"]),
+            route("/openapi.json", "GET", get_openapi),
+            route("/job", "GET", get_job),
+            route("/directives", "GET", directives),
+            route("/resources/fetch", "POST", fetch),
+            route("/resources/send", "POST", send),
+            route("/resources/receive", "POST", receive),
+            route("/status/send", "POST", report),
+            route("/spans", "POST", take_spans),
         ],
-        exception_handlers={
-            404: _no_such_path,
-            405: _no_such_path,
-        },
+        exception_handlers={404: _no_such_path, 405: _no_such_path},
     )
 
 
-def _limited(
-    endpoint: Callable[[Request], Awaitable[Response]], calls: trio.CapacityLimiter
-) -> Callable[[Request], Awaitable[Response]]:
-    """``endpoint``, unless as many ``calls`` are under way as may be."""
-
-    async def limited(request: Request) -> Response:
-        try:
-            calls.acquire_on_behalf_of_nowait(request)
-        except trio.WouldBlock:
-            return _busy(f"{MAX_CALLS} calls are under way")
-        try:
-            return await endpoint(request)
-        finally:
-            calls.release_on_behalf_of(request)
-
-    return limited
-
-
-def _endpoint(
-    call: Callable[[bytes], Awaitable[Response]],
-) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        try:
-            body = await _read_body(request)
-            # what the worker does for this call is below the executor's own span
-            with trace_context(request.headers.get("traceparent")):
-                return await _unless_gone(request, call, body)
-        except Refused as exc:
-            status = 409 if exc.peer else _STATUS.get(exc.code, 409)
-            return _error(status, exc.code, exc.reason if not exc.peer else str(exc))
-        except NetworkError as exc:
-            return _error(502, "unreachable", str(exc))
-        except Exception as exc:  # the edge of this service: whatever it is, the executor is told
-            logger.exception("A call of the bridge failed: %s %s", request.method, request.url.path)
-            return _error(500, "internal", f"{type(exc).__name__}: {exc}")
-
-    return endpoint
+async def _answer(request: Request, call: Callable[[bytes], Awaitable[Response]]) -> Response:
+    try:
+        body = await _read_body(request)
+        # what the worker does for this call is below the executor's own span
+        with trace_context(request.headers.get("traceparent")):
+            return await _unless_gone(request, call, body)
+    except Refused as exc:
+        status = 409 if exc.peer else _STATUS.get(exc.code, 409)
+        return _error(status, exc.code, exc.reason if not exc.peer else str(exc))
+    except NetworkError as exc:
+        return _error(502, "unreachable", str(exc))
+    except Exception as exc:  # the edge of this service: whatever it is, the executor is told
+        logger.exception("A call of the bridge failed: %s %s", request.method, request.url.path)
+        return _error(500, "internal", f"{type(exc).__name__}: {exc}")
 
 
 async def _read_body(request: Request) -> bytes:
@@ -265,14 +241,8 @@ async def _unless_gone(
     """The call's response; the call is cancelled when the client closes its connection."""
     response: Response | None = None
     failure: Exception | None = None
-
-    async def watch(scope: trio.CancelScope) -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        scope.cancel()
-
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch, nursery.cancel_scope)
+        nursery.start_soon(_cancel_when_gone, request.receive, nursery.cancel_scope)
         try:
             response = await call(body)
         except Exception as exc:  # noqa: BLE001 - carried out of the nursery, which would wrap it in a group
@@ -281,6 +251,12 @@ async def _unless_gone(
     if failure is not None:
         raise failure
     return response if response is not None else Response(status_code=499)
+
+
+async def _cancel_when_gone(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
 
 
 async def _no_such_path(request: Request, exc: Exception) -> Response:
@@ -337,7 +313,7 @@ class EventStream(Response):
         try:
             with self._open_feed() as feed:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._until_gone, receive, nursery.cancel_scope)
+                    nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                     await self._write(send, b": open\n\n")
                     await self._pass_on(feed, send)
@@ -358,12 +334,6 @@ class EventStream(Response):
     @staticmethod
     async def _write(send: Send, text: bytes) -> None:
         await send({"type": "http.response.body", "body": text, "more_body": True})
-
-    @staticmethod
-    async def _until_gone(receive: Receive, scope: trio.CancelScope) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        scope.cancel()
 
 
 def _event(value: msgspec.Struct) -> bytes:

@@ -60,19 +60,20 @@ class Allowance:
             self.read_local(job.checkpoint.place)
 
     def check(self, reference: Reference) -> None:
-        """May this be fetched?"""
         match reference:
             case Uri(value=value):
                 self.uri(value)
             case HuggingFace(repository=repository):
-                self._repository(repository)
+                if not _REPOSITORY.fullmatch(repository):
+                    raise Refused("invalid", f"{repository!r} is no repository such as organisation/name")
+                if not _matches_repository(repository, self._config.huggingface):
+                    text = f"repository {repository} matches no pattern of allow.huggingface"
+                    raise Refused("not-allowed", text)
             case Local(url=url):
                 self.read_local(url)
             case Peers():
                 if not self._config.peers:
                     raise Refused("not-allowed", "this worker fetches nothing from peers (allow.peers)")
-
-    # --- http(s) --------------------------------------------------------------------------------------
 
     def uri(self, value: str) -> httpx.URL:
         """``value`` in normal form; also to be asked about every redirect."""
@@ -96,8 +97,6 @@ class Allowance:
             pattern.names_host(literal) for pattern in self._uris if _matches_url(pattern, url)
         )
 
-    # --- local paths and fsspec -----------------------------------------------------------------------
-
     def read_local(self, url: str) -> Path | str:
         """The resolved path, or the fsspec URL as it is, to read from."""
         return _local(url, self._readable, "allow.local_read")
@@ -105,14 +104,6 @@ class Allowance:
     def write_local(self, url: str) -> Path | str:
         """The same, to write to."""
         return _local(url, self._writable, "allow.local_write")
-
-    # --- the hub, and code ----------------------------------------------------------------------------
-
-    def _repository(self, repository: str) -> None:
-        if not _REPOSITORY.fullmatch(repository):
-            raise Refused("invalid", f"{repository!r} is no repository such as organisation/name")
-        if not _matches_repository(repository, self._config.huggingface):
-            raise Refused("not-allowed", f"repository {repository} matches no pattern of allow.huggingface")
 
     def _check_code(self, model: ModelSpec) -> None:
         if model.entrypoint is not None:

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 import trio
@@ -25,20 +25,8 @@ from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
 from hypha.disks import is_disk_full
 from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
-from hypha.messages import (
-    FileList,
-    HuggingFace,
-    ListFiles,
-    Local,
-    PeerRef,
-    Peers,
-    PullFile,
-    Reference,
-    Request,
-    Response,
-    TransferMeta,
-    Uri,
-)
+from hypha.messages import FileList, HuggingFace, ListFiles, Local, PeerRef, Peers, PullFile, Reference, Uri
+from hypha.node import Node
 from hypha.runtime import chance, in_thread
 from hypha.staging import StagedFile
 from hypha.waiting import in_words, reminded
@@ -60,36 +48,12 @@ HTTP_S = 30.0
 _THREADS = trio.CapacityLimiter(16)
 
 
-class Pull(Protocol):
-    """As ``Transfers.pull``."""
-
-    async def __call__(
-        self,
-        peer: PeerRef,
-        request: PullFile,
-        destination: Path,
-        expect: TransferMeta | None,
-        max_bytes: int,
-        still_s: float | None = None,
-    ) -> TransferMeta: ...
-
-
-class Requester(Protocol):
-    """As ``Node.request``."""
-
-    async def __call__(self, peer: PeerRef, request: Request, timeout_s: float = ...) -> Response: ...
-
-
 class Connectors:
-    """``hub_endpoint``: another address of the Hugging Face hub than the environment's."""
+    """Fetches what ``allowance`` allows; from peers, through ``node``."""
 
-    def __init__(
-        self, allowance: Allowance, ask: Requester, pull: Pull, hub_endpoint: str | None = None
-    ) -> None:
+    def __init__(self, allowance: Allowance, node: Node) -> None:
         self._allowance = allowance
-        self._ask = ask
-        self._pull = pull
-        self._hub_endpoint = hub_endpoint
+        self._node = node
 
     async def fetch(self, reference: Reference, directory: Path, job_id: str) -> list[Path]:
         """All files of ``reference``, in the empty ``directory``.
@@ -106,20 +70,18 @@ class Connectors:
             raise
 
     async def _fetch(self, reference: Reference, directory: Path, job_id: str) -> list[Path]:
-        limit = self._allowance.max_file_bytes
         match reference:
-            case Uri(value=value):
-                fetch = partial(fetch_uri, value, directory, self._allowance)
-                return await _reminding(_without_secrets(value), directory, job_id, fetch)
-            case HuggingFace(repository=repository):
-                fetch = partial(fetch_hub, reference, directory, limit, self._hub_endpoint)
-                return await _reminding(repository, directory, job_id, fetch)
-            case Local(url=url):
-                fetch = partial(fetch_local, url, directory, self._allowance)
-                return await _reminding(_without_secrets(url), directory, job_id, fetch)
             case Peers():
                 return await self._fetch_peers(reference, directory, job_id)
-        raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
+            case Uri(value=what):
+                fetch = partial(fetch_uri, what, directory, self._allowance)
+            case HuggingFace(repository=what):
+                fetch = partial(fetch_hub, reference, directory, self._allowance.max_file_bytes)
+            case Local(url=what):
+                fetch = partial(fetch_local, what, directory, self._allowance)
+            case _:
+                raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
+        return await _reminding(_without_secrets(what), directory, job_id, fetch)
 
     async def _fetch_peers(self, reference: Peers, directory: Path, job_id: str) -> list[Path]:
         """The whole resource from one peer, the next one where a peer fails. Which peers are asked first
@@ -151,7 +113,8 @@ class Connectors:
         self, peer: PeerRef, resource: str, directory: Path, job_id: str, have: dict[str, str]
     ) -> list[Path]:
         kind, _, name = resource.partition("/")
-        answer = await self._ask(peer, ListFiles(kind=kind, name=name, job_id=job_id), timeout_s=30.0)
+        listing = ListFiles(kind=kind, name=name, job_id=job_id)
+        answer = await self._node.request(peer, listing, timeout_s=30.0)
         if not isinstance(answer, FileList):
             raise Refused("malformed", f"expected a list of files, got {type(answer).__name__}", peer.peer)
         paths = []
@@ -167,7 +130,8 @@ class Connectors:
             if have.get(relative) != meta.blake3:
                 full = f"{name}/{relative}" if name else relative
                 what = PullFile(kind=kind, name=full, job_id=job_id)
-                await self._pull(peer, what, path, meta, self._allowance.max_file_bytes)
+                limit = self._allowance.max_file_bytes
+                await self._node.transfers.pull(peer, what, path, meta, limit)
                 have[relative] = meta.blake3
             path.chmod(0o600)
             paths.append(path)
@@ -196,9 +160,6 @@ async def _reminding(
         )
 
     return await reminded(fetch, log)
-
-
-# --- http(s) -------------------------------------------------------------------------------------------
 
 
 async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[Path]:
@@ -300,9 +261,6 @@ async def _save(response: httpx.Response, url: httpx.URL, directory: Path, max_b
                 await in_thread(staged.file.write, data)
             await in_thread(staged.publish)
     return path
-
-
-# --- Hugging Face hub ------------------------------------------------------------------------------------
 
 
 async def fetch_hub(

@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -59,9 +58,6 @@ def chunks_of(source: BinaryIO) -> Iterator[bytes]:
     while data := source.read(CHUNK_BYTES):
         check_cancelled()
         yield data
-
-
-# --- fetching -----------------------------------------------------------------------------------------------
 
 
 async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[Path]:
@@ -131,26 +127,17 @@ def _copy_in(opener: Callable[[], BinaryIO], directory: Path, name: str, max_byt
     return path
 
 
-# --- storing ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """``marker`` is the file with which a directory is complete. With ``newest``, the directory's siblings
-    are pruned: of those with a number for a name, up to its own, so many complete ones stay.
+async def store_local(
+    path: Path, url: str, allowance: Allowance, marker: str = "", newest: int | None = None
+) -> None:
+    """Write the file or directory ``path`` to ``url``, replacing what is there. ``marker`` is the file with
+    which a directory is complete. With ``newest``, the directory's siblings are pruned: of those with a
+    number for a name, up to its own, so many complete ones stay.
     """
-
-    marker: str = ""
-    newest: int | None = None
-
-
-async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keeping | None = None) -> None:
-    """Write the file or directory ``path`` to ``url``, replacing what is there."""
-    keeping = keeping or Keeping()
     place = allowance.write_local(url)
-    if "/" in keeping.marker or keeping.marker in (".", ".."):
-        raise Refused("invalid", f"{keeping.marker!r} is no file name")
-    if keeping.newest is not None and (keeping.newest < 1 or _number(posixpath.basename(url)) is None):
+    if "/" in marker or marker in (".", ".."):
+        raise Refused("invalid", f"{marker!r} is no file name")
+    if newest is not None and (newest < 1 or _number(posixpath.basename(url)) is None):
         raise Refused("invalid", "what is pruned has a number for a name, and at least one stays")
 
     def may_remove(sibling: str) -> bool:
@@ -161,27 +148,24 @@ async def store_local(path: Path, url: str, allowance: Allowance, keeping: Keepi
         return True
 
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
-    await in_thread(_store, path, place, keeping, may_remove, abandon_on_cancel=True, limiter=_THREADS)
+    await in_thread(_store, path, place, marker, newest, may_remove, abandon_on_cancel=True, limiter=_THREADS)
 
 
-def _store(path: Path, place: Path | str, keeping: Keeping, may_remove: Callable[[str], bool]) -> None:
-    if path.is_dir() and not (path / keeping.marker).is_file():
-        raise Refused("invalid", f"{path.name} is a directory, but has no file {keeping.marker!r}")
+def _store(
+    path: Path, place: Path | str, marker: str, newest: int | None, may_remove: Callable[[str], bool]
+) -> None:
+    if path.is_dir() and not (path / marker).is_file():
+        raise Refused("invalid", f"{path.name} is a directory, but has no file {marker!r}")
     with translated(place):
-        store = (
-            _PathStore(place, keeping.marker) if isinstance(place, Path) else _UrlStore(place, keeping.marker)
-        )
+        store = _PathStore(place, marker) if isinstance(place, Path) else _UrlStore(place, marker)
         store.store(path)
-    if keeping.newest is not None and path.is_dir():
+    if newest is not None and path.is_dir():
         try:
             with translated(place):
-                store.prune_siblings(keeping.newest, may_remove)
+                store.prune_siblings(newest, may_remove)
         except TransferFailed as exc:
             # what was to be stored is; the next one prunes again
             logger.warning("Older ones than %s could not be deleted: %s", place, exc.reason)
-
-
-# --- to a path ----------------------------------------------------------------------------------------------
 
 
 class _PathStore:
@@ -215,9 +199,6 @@ class _PathStore:
                 shutil.rmtree(parent / name)
         # what a worker left of one when it was killed
         remove_unfinished(parent, lambda name: _number(name) is not None and may_remove(str(parent / name)))
-
-
-# --- to a URL -----------------------------------------------------------------------------------------------
 
 
 class _UrlStore:

@@ -108,12 +108,6 @@ class JobDirectory:
         """One of :data:`PARTS`."""
         return self.path / name
 
-    def relative(self, path: Path) -> str:
-        """``path`` as executors see it."""
-        return path.relative_to(self.path).as_posix()
-
-    # --- out ------------------------------------------------------------------------------------------
-
     @contextmanager
     def pinned(self, name: str, directory: bool = False) -> Iterator[Path]:
         """The file (with ``directory`` also: directory) that the executor calls ``name``, under a name of the
@@ -150,8 +144,6 @@ class JobDirectory:
                 f"path {str(pure)!r} is no regular file of the job directory, reached without links: "
                 f"{exc.strerror or exc}",
             ) from exc
-
-    # --- in -------------------------------------------------------------------------------------------
 
     def receiving(self, name: str) -> Path:
         """Where the file that becomes ``incoming/<name>`` is received. A file of ``incoming/.spare``, which
@@ -206,8 +198,6 @@ class JobDirectory:
                 "invalid", f"{part}/{name} of the job directory is not as the worker made it: {exc.strerror}"
             ) from exc
 
-    # --- its end --------------------------------------------------------------------------------------
-
     def remove(self) -> None:
         """Delete everything; what cannot be deleted is logged."""
         self._remove_short_socket()
@@ -242,7 +232,6 @@ class JobDirectory:
 
 
 def _own_of(path: Path) -> Path:
-    """The worker's own directory beside the job directory ``path``."""
     return path.with_name(f"{_OWN_PREFIX}{path.name.removeprefix(_PREFIX)}")
 
 

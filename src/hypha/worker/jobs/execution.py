@@ -11,23 +11,19 @@ from dataclasses import replace
 
 import trio
 
+from hypha.config.environment import child_environment
 from hypha.config.models import ExecutorConfig
 from hypha.errors import HyphaError
 from hypha.leases import Lease
-from hypha.messages import (
-    ExecutorClass,
-    ExecutorError,
-    ExecutorExited,
-    Job,
-)
+from hypha.messages import ExecutorError, ExecutorExited, Job
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.jobs.starting import EndSignals
 from hypha.worker.jobs.traffic import FILES, ExecutionContext, ExecutorTraffic
 from hypha.worker.jobs.watch import keep_watch
-from hypha.worker.limits.confining import Confined
-from hypha.worker.limits.devices import GpuShare
+from hypha.worker.limits.gpus import GpuShare
+from hypha.worker.limits.limits import Confined
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.isolation import isolate
 from hypha.worker.processes.keepers import Launch
@@ -45,14 +41,10 @@ class Execution:
     """``job`` under ``lease``, run by ``executor`` on ``gpus``, by :meth:`run`."""
 
     def __init__(
-        self,
-        context: ExecutionContext,
-        lease: Lease,
-        job: Job,
-        executor: ExecutorConfig,
-        gpus: GpuShare,
+        self, context: ExecutionContext, lease: Lease, job: Job, executor: ExecutorConfig, gpus: GpuShare
     ) -> None:
         self.lease = lease
+        self.job_id, self.kind = job.job_id, job.executor.kind
         self._gpus = gpus
         self._confined: Confined | None = None
         self._context = context
@@ -63,21 +55,6 @@ class Execution:
         self.reported = trio.Event()
         #: what goes in and out
         self.traffic = ExecutorTraffic(context, lease, job, executor, self.stop)
-
-    @property
-    def job_id(self) -> str:
-        """Of its job."""
-        return self.traffic.job.job_id
-
-    @property
-    def kind(self) -> ExecutorClass:
-        """Its class."""
-        return self.traffic.kind
-
-    @property
-    def key(self) -> tuple[str, ExecutorClass]:
-        """How the job's traffic is routed to it."""
-        return (self.job_id, self.kind)
 
     def stop(self, reason: str) -> bool:
         """End the executor; returns at once: False where it was to end anyway."""
@@ -93,10 +70,8 @@ class Execution:
         self.stop("its lease ended")
 
     async def run(self, after: trio.Event | None = None) -> None:
-        """Start when ``after`` is set; return when it is over. Cancelled, it leaves no process and no
-        directory either.
-        """
-        bind(job_id=self.job_id, lease_id=self.lease.lease_id, round=lambda: self.traffic.round)
+        """Start when ``after`` is set, until it is over. Cancelled, it leaves no process and no directory."""
+        bind(**self.traffic.fields, round=lambda: self.traffic.round)
         kept = False
         try:
             if after is not None:
@@ -114,7 +89,6 @@ class Execution:
                     "The executor ended with exit code %d.%s",
                     ended.code,
                     f" Its last output:\n{ended.tail}" if failed else "",
-                    extra=self.traffic.fields,
                 )
                 # what filled the disk is no help there
                 excess = None if self._confined is None else self._confined.excess
@@ -122,7 +96,7 @@ class Execution:
                 if failed and self._context.config.keep_failed_jobs and not full:
                     path = await in_thread(self.traffic.directory.keep, ended.tail, limiter=FILES)
                     kept = True
-                    logger.info("The failed executor's files are in %s.", path, extra=self.traffic.fields)
+                    logger.info("The failed executor's files are in %s.", path)
                 self.traffic.outbox.put(
                     self.traffic.stamp(),
                     ExecutorExited(
@@ -151,9 +125,7 @@ class Execution:
                 self.reported.set()
                 nursery.cancel_scope.cancel()
         if not self.reported.is_set():
-            logger.warning(
-                "The executor's end could not be reported to the scheduler.", extra=self.traffic.fields
-            )
+            logger.warning("The executor's end could not be reported to the scheduler.")
 
     async def _run_process(self) -> Exit:
         confined: Confined | None = None
@@ -165,14 +137,14 @@ class Execution:
                 self._gpus,
                 self.traffic.directory,
             )
-            logger.info("Starting the executor. Limits: %s.", confined.description, extra=self.traffic.fields)
-            environment = confined.environment(self._context.environment)
+            logger.info("Starting the executor. Limits: %s.", confined.limits.description)
+            environment = confined.environment(child_environment())
             launch = prepare_launch(self._executor, self.traffic.job, self.traffic.directory, environment)
             if self._executor.runtime == "bwrap":
                 launch = isolate(launch, self._executor, self.traffic.directory, self._context.config)
             ended = await self._serve_process(confined.launch(launch), confined)
             if not (why := self.traffic.watch.verdict):
-                confined.judge(ended)
+                confined.judge(ended.code != 0 and not ended.stopped)
                 why = "" if confined.excess is None else confined.excess.message
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
         except (HyphaError, OSError) as exc:
@@ -182,7 +154,7 @@ class Execution:
         finally:
             if confined is not None:
                 with trio.CancelScope(shield=True):
-                    await confined.remove()
+                    await confined.limits.remove()
 
     async def _serve_process(self, launch: Launch, confined: Confined) -> Exit:
         kill = trio.Event()

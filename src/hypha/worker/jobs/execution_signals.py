@@ -14,7 +14,6 @@ from hypha.messages import (
     Contribution,
     Directive,
     Event,
-    ExecutorClass,
     Job,
     JobStamp,
     Loaded,
@@ -30,23 +29,20 @@ from hypha.messages import (
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent, start_span, traceparent
 from hypha.tracing.operations import EXECUTE
-from hypha.worker.bridge.spans import EmitSpans, ExecutorSpans
-from hypha.worker.processes.process import secrets_of
 
 logger = logging.getLogger("hypha.worker")
 
 
 class ExecutionSignals:
-    """Of the executor of ``kind`` that was dispatched now, for ``job`` under the lease ``lease_id``.
-    ``emit`` exports its own spans; without, it is not asked for any.
+    """Of the executor that was dispatched now, for ``job`` under the lease ``lease_id``; unless it ``emits``
+    spans of its own, it is not asked for any.
     """
 
-    def __init__(self, job: Job, kind: ExecutorClass, lease_id: str, emit: EmitSpans | None) -> None:
-        self.spans = ExecutorSpans(emit, job.job_id, secrets_of(job))
+    def __init__(self, job: Job, lease_id: str, emits: bool) -> None:
         self._job = job
-        self._kind: ExecutorClass = kind
+        self._kind = job.executor.kind
         self._lease_id = lease_id
-        self._emits = emit is not None
+        self._emits = emits
         self._began = trio.current_time()
         self._span: Span | None = None
         #: what the last progress reported: (round, attempt), samples
@@ -111,7 +107,6 @@ class ExecutionSignals:
         return round_traceparent(stamp.job_id, stamp.generation, stamp.round, traced.ratio)
 
     def steered(self, directive: Directive) -> None:
-        """A directive was passed on."""
         what = directive if isinstance(directive, Plan | CloseRound) else type(directive).__name__
         logger.debug("Passing on %s.", what, extra=self.fields)
         if isinstance(directive, CloseRound) and (
@@ -120,12 +115,10 @@ class ExecutionSignals:
             self._closing = (directive.round, trio.current_time())
 
     def theta_arrived(self, round_: int, size: int) -> None:
-        """Theta of ``round_`` is here."""
         self.round = round_
         logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self.fields)
 
     def reported(self, event: Event) -> None:
-        """The executor reported ``event``."""
         now = trio.current_time()
         match event:
             case Progress():

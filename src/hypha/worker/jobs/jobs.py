@@ -12,12 +12,13 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import Refused
-from hypha.leases import Lease
+from hypha.leases import Bind, Drained, Hold, Lease
 from hypha.messages import (
     Acknowledged,
     CancelJob,
     DispatchJob,
     ExecutorClass,
+    ExecutorDescriptor,
     Rejoin,
     Steer,
     TrainJob,
@@ -25,6 +26,7 @@ from hypha.messages import (
 from hypha.tracing import untraced
 from hypha.worker.jobs.execution import Execution
 from hypha.worker.jobs.traffic import ExecutionContext
+from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
@@ -38,23 +40,22 @@ _LEARNT_AT_ONCE = 64
 class Jobs:
     """The jobs of one worker, at most one executor for each job and class at a time.
 
-    Executors run in ``nursery``. ``lease_service`` is set before anything is answered.
+    Executors run in ``nursery``, under leases about which ``arbiter`` decides.
     """
 
-    def __init__(self, context: ExecutionContext, nursery: trio.Nursery) -> None:
+    def __init__(self, context: ExecutionContext, nursery: trio.Nursery, arbiter: Arbiter) -> None:
         self._context = context
         self._nursery = nursery
         self._executions: dict[tuple[str, ExecutorClass], Execution] = {}
-        self.lease_service: LeaseService | None = None
+        self.lease_service = LeaseService(arbiter, self._lease_ended, context.cache.datasets)
 
     def answer(self) -> None:
-        """Let schedulers ask."""
         self._context.node.answer(DispatchJob, self._dispatch)
         self._context.node.answer(CancelJob, self._cancel)
         self._context.node.answer(Steer, self._steer)
         self._context.node.health_details.append(self._health)
 
-    def lease_ended(self, lease: Lease) -> None:
+    def _lease_ended(self, lease: Lease) -> None:
         """Stop what runs under ``lease``; never blocks."""
         for key, execution in list(self._executions.items()):
             if execution.lease.lease_id == lease.lease_id:
@@ -63,7 +64,6 @@ class Jobs:
                     del self._executions[key]
 
     def running(self, kind: ExecutorClass) -> int:
-        """How many executors of ``kind`` have not ended."""
         return sum(one.kind == kind and not one.ended.is_set() for one in self._executions.values())
 
     def _health(self) -> dict[str, str]:
@@ -74,11 +74,11 @@ class Jobs:
     async def _dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
         job = request.job
         kind: ExecutorClass = "train" if isinstance(job, TrainJob) else "aggregate"
-        lease_service = self._lease_service()
-        lease = lease_service.lease_for_dispatch(request.lease_id, caller, kind)
+        lease_service = self.lease_service
+        lease = lease_service.granted(Bind(request.lease_id, caller, kind))
         if job.scheduler.peer != caller or job.me != self._context.node.peer_id:
             raise Refused("invalid", "the job names another scheduler or another worker")
-        executor = self._executor_for(kind, job.executor.name, job.executor.kind, lease)
+        executor = self._executor_for(job.executor, lease)
         self._context.allowance.check_job(job)
         running = self._executions.get((job.job_id, kind))
         if running is not None and running.lease.scheduler != caller:
@@ -94,11 +94,13 @@ class Jobs:
             known = running.reported.is_set() and not request.instead_of
             if same and not known and request.instead_of != running.traffic.incarnation:
                 return Acknowledged()
-        lease_service.lease_for_dispatch(request.lease_id, caller, kind, job.job_id)
-        lease_service.hold(lease.lease_id, self._context.config.stop_grace_s + KILL_MARGIN_S)
+        lease_service.granted(Bind(request.lease_id, caller, kind, job.job_id))
+        lease_service.granted(Hold(lease.lease_id, self._context.config.stop_grace_s + KILL_MARGIN_S))
         self._context.node.learn(job.scheduler)
-        execution = Execution(self._context, lease, job, executor, lease_service.gpus_of(lease.lease_id))
-        self._executions[execution.key] = execution
+        execution = Execution(
+            self._context, lease, job, executor, lease_service.arbiter.gpus.share_of(lease.lease_id)
+        )
+        self._executions[job.job_id, kind] = execution
         if running is not None:
             running.stop("its job is started anew")
         # it outlives this dispatch, and has a span of its own
@@ -116,13 +118,13 @@ class Jobs:
         except Exception:  # the edge: one broken job must not take the worker and its other jobs along
             logger.exception("A job failed.", extra={"job_id": execution.job_id})
         finally:
-            lease_id = execution.lease.lease_id
+            lease_id, key = execution.lease.lease_id, (execution.job_id, execution.kind)
             live = [other for other in self._executions.values() if other.lease.lease_id == lease_id]
             if all(other.ended.is_set() for other in live):
-                self._lease_service().drained(lease_id)
-            known = {lease.lease_id for lease in self._lease_service().leases}
-            if lease_id not in known and self._executions.get(execution.key) is execution:
-                del self._executions[execution.key]
+                self.lease_service.handle(Drained(lease_id))
+            known = {lease.lease_id for lease in self.lease_service.leases}
+            if lease_id not in known and self._executions.get(key) is execution:
+                del self._executions[key]
 
     async def _cancel(self, caller: str, request: CancelJob) -> Acknowledged:
         self._of(caller, request.job_id, request.kind).stop("its scheduler cancelled it")
@@ -151,17 +153,10 @@ class Jobs:
             raise Refused("lease", f"the {kind} executor of job {job_id} works for another scheduler")
         return execution
 
-    def _executor_for(
-        self, kind: ExecutorClass, name: str, wanted: ExecutorClass, lease: Lease
-    ) -> ExecutorConfig:
-        if wanted != kind or (lease.executor.kind, lease.executor.name) != (kind, name):
-            raise Refused("lease", f"the lease is for executor {lease.executor.name!r}, not {name!r}")
+    def _executor_for(self, wanted: ExecutorDescriptor, lease: Lease) -> ExecutorConfig:
+        if lease.executor != wanted:
+            raise Refused("lease", f"the lease is for executor {lease.executor.name!r}, not {wanted.name!r}")
         for executor in self._context.config.executors:
-            if (executor.kind, executor.name) == (kind, name):
+            if (executor.kind, executor.name) == (wanted.kind, wanted.name):
                 return executor
-        raise Refused("unsupported", f"no executor {name!r} for {kind} jobs here")
-
-    def _lease_service(self) -> LeaseService:
-        if self.lease_service is None:
-            raise Refused("busy", "this worker is starting")
-        return self.lease_service
+        raise Refused("unsupported", f"no executor {wanted.name!r} for {wanted.kind} jobs here")

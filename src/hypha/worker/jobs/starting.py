@@ -5,9 +5,9 @@ A worker is given one of these; a simulated world gives it executors that live i
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
@@ -19,21 +19,15 @@ from hypha.worker.processes.process import Exit, Supervision, run_executor
 
 @dataclass(frozen=True)
 class EndSignals:
-    """How an executor is ended: politely once ``stop`` is set, with ``grace_s`` to do so; not politely
-    once ``kill`` is.
-    """
+    """How an executor is ended: politely once ``stop`` is set, within ``grace_s``; at once with ``kill``."""
 
     stop: trio.Event
     grace_s: float
     kill: trio.Event
 
 
-class RunExecutor(Protocol):
-    """Runs one executor, which may ask ``handlers``, until it has ended; cancelled, nothing of it is left."""
-
-    async def __call__(
-        self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
-    ) -> Exit: ...
+#: runs one executor, which may ask the handlers, until it has ended; cancelled, nothing of it is left
+RunExecutor = Callable[[BridgeHandlers, Path, Launch, EndSignals], Awaitable[Exit]]
 
 
 async def run_process(
@@ -54,9 +48,7 @@ async def run_process(
 
 @dataclass(frozen=True)
 class ExecutorBackend:
-    """What runs a worker's executors; ``emit_spans`` exports their own spans. Without, they are not asked for
-    any.
-    """
+    """Runs a worker's executors; ``emit_spans`` exports their spans. Without, they are not asked for any."""
 
     run: RunExecutor = run_process
     emit_spans: EmitSpans | None = None

@@ -6,8 +6,8 @@ What the executor asks for is judged here: it is somebody else's program, and re
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,8 @@ from hypha.messages import (
     Delivery,
     Directive,
     Event,
-    ExecutorClass,
     ExecutorError,
     FetchedFile,
-    FinishedSpan,
     Job,
     JobStamp,
     Local,
@@ -33,7 +31,6 @@ from hypha.messages import (
     PeerRef,
     Peers,
     Progress,
-    ReceivedFile,
     Reference,
     Rejoin,
     Report,
@@ -50,18 +47,19 @@ from hypha.messages import (
 from hypha.net.bulk.transfers import with_hashes
 from hypha.node import Node
 from hypha.runtime import in_thread, lack_of_space
-from hypha.worker.bridge.feeds import Directives, Feed, FileArrivals
+from hypha.worker.bridge.feeds import Directives, FileArrivals
 from hypha.worker.bridge.outbox import Outbox
+from hypha.worker.bridge.spans import ExecutorSpans
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
-from hypha.worker.fetch.local import Keeping, store_local
-from hypha.worker.jobs.deliveries import Deliveries
+from hypha.worker.fetch.local import store_local
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
-from hypha.worker.jobs.inbox import ExecutorInbox
+from hypha.worker.jobs.files import Deliveries, ExecutorInbox
 from hypha.worker.jobs.starting import ExecutorBackend
-from hypha.worker.jobs.watch import Patience, Watch
+from hypha.worker.jobs.watch import Watch
 from hypha.worker.limits.limits import Means
+from hypha.worker.processes.process import secrets_of
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
 from hypha.worker.slices.prefetching import SliceDemand, SlicePrefetcher
@@ -82,7 +80,6 @@ class ExecutionContext:
     allowance: Allowance
     connectors: Connectors
     means: Means
-    environment: Mapping[str, str]
     backend: ExecutorBackend
 
 
@@ -101,7 +98,9 @@ class ExecutorTraffic:
         stop: Callable[[str], bool],
     ) -> None:
         self._context = context
-        self._job = job
+        #: as dispatched, with its secrets
+        self.job = job
+        self.kind = job.executor.kind
         self._stop = stop
         #: of the job's current generation; the executor was started in an earlier one, if the job has
         #: rejoined
@@ -110,30 +109,28 @@ class ExecutorTraffic:
         self.directory = JobDirectory.create(context.config.work_dir)
         self.incarnation = self.directory.path.name
         self.fields = {"job_id": job.job_id, "lease_id": lease.lease_id, "executor": executor.name}
-        self.watch = Watch(Patience.of(context.config, executor, job), trio.current_time())
-        self.signals = ExecutionSignals(job, self.kind, lease.lease_id, context.backend.emit_spans)
+        self.watch = Watch.of(context.config, executor, job, trio.current_time())
+        self.signals = ExecutionSignals(job, lease.lease_id, emits=context.backend.emit_spans is not None)
+        self.spans = ExecutorSpans(context.backend.emit_spans, job.job_id, secrets_of(job))
         self.outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
-        self._directives = Directives()
-        self._arrivals = FileArrivals(self.directory.path)
-        self._deliveries = Deliveries(context.node.transfers.send)
+        self.directives = Directives()
+        self.arrivals = FileArrivals(self.directory.path)
+        self._deliveries = Deliveries(context.node.transfers)
         # Who takes part; for an aggregate job unknown until the scheduler reports it.
         self._partners: frozenset[str] | None = None
         self._joiners: frozenset[str] = frozenset()
         if isinstance(job, TrainJob):
             self._partners = frozenset({job.parameter_server.peer})
+        max_bytes = context.allowance.max_file_bytes
         self._inbox = ExecutorInbox(
-            JobStamp(job_id=job.job_id, generation=job.generation),
-            self.directory,
-            self._arrivals,
-            lambda: self._partners,
-            context.allowance.max_file_bytes,
+            self.stamp, self.directory, self.arrivals, lambda: self._partners, max_bytes
         )
         self._theta: tuple[int, int, str] | None = None
         self.slices: SlicePrefetcher | None = None
         if isinstance(job, TrainJob):
             self.slices = SlicePrefetcher(
                 self._ask_scheduler,
-                context.node.transfers.pull,
+                context.node.transfers,
                 context.cache,
                 SliceDemand(
                     dataset=job.dataset,
@@ -149,42 +146,25 @@ class ExecutorTraffic:
         #: a file of an executor may be as long as it likes, and the worker has some threads for all
         self._hashing = trio.CapacityLimiter(2)
 
-    @property
-    def job(self) -> Job:
-        """As dispatched, with its secrets."""
-        return self._job
-
-    @property
-    def kind(self) -> ExecutorClass:
-        """Its class."""
-        return "train" if isinstance(self._job, TrainJob) else "aggregate"
-
     def stamp(self) -> JobStamp:
         """Of what it sends now."""
         return JobStamp(
-            job_id=self._job.job_id,
-            generation=self.generation,
-            round=self.round,
-            attempt=self._attempt,
+            job_id=self.job.job_id, generation=self.generation, round=self.round, attempt=self._attempt
         )
 
     def begin(self) -> None:
         """The executor is about to start: from now on it is traced."""
-        self._job = msgspec.structs.replace(self._job, traced=self.signals.begin())
+        self.job = msgspec.structs.replace(self.job, traced=self.signals.begin())
 
     @contextmanager
     def accepting(self) -> Iterator[None]:
         """Take files from the job's other executors while the block lasts."""
         kind = "theta" if self.kind == "train" else "update"
-        stop_accepting = self._context.node.transfers.accept(
-            kind, self._job.job_id, self._gate, self._arrived
-        )
+        stop_accepting = self._context.node.transfers.accept(kind, self.job.job_id, self._gate, self._arrived)
         try:
             yield
         finally:
             stop_accepting()
-
-    # --- from the scheduler and other executors -----------------------------------------------------------
 
     def steer(self, seq: int, directive: Directive) -> tuple[PeerRef, ...]:
         """Pass on a directive of the scheduler; an old one is ignored. Returns the peers whose addresses it
@@ -193,7 +173,7 @@ class ExecutorTraffic:
         if isinstance(directive, Rejoin):
             # before the executor receives it: it replies in the new generation
             self._rejoin(directive)
-        if not self._directives.put(seq, directive):
+        if not self.directives.put(seq, directive):
             return ()
         self.signals.steered(directive)
         match directive:
@@ -212,7 +192,6 @@ class ExecutorTraffic:
             return
         logger.info("The job goes on in its generation %d.", rejoin.generation, extra=self.fields)
         self.generation = rejoin.generation
-        self._inbox.begin_generation(rejoin.generation)
         if self.slices is None:
             return
         if rejoin.parameter_server is not None:
@@ -226,7 +205,7 @@ class ExecutorTraffic:
             self.slices.begin_generation()
 
     async def _ask_scheduler(self, request: Request) -> Response:
-        return await self._context.node.request(self._job.scheduler, request)
+        return await self._context.node.request(self.job.scheduler, request)
 
     async def _gate(self, caller: str, meta: TransferMeta) -> Path:
         """As the inbox has it; what there is no space for ends the executor, so that the job goes on
@@ -247,24 +226,22 @@ class ExecutorTraffic:
         self.signals.theta_arrived(meta.stamp.round, meta.size)
         before, self._theta = self._theta, (meta.stamp.round, meta.stamp.attempt, meta.blake3)
         self.round, self._attempt = meta.stamp.round, meta.stamp.attempt
-        continued = meta.stamp.round == (before[0] + 1 if before else 0) and self._job.me in meta.contributors
+        continued = meta.stamp.round == (before[0] + 1 if before else 0) and self.job.me in meta.contributors
         if before is not None and before != self._theta and not continued:
             self.slices.start_over()
-
-    # --- from the executor, by its bridge -----------------------------------------------------------------
 
     async def fetch(self, resource: Reference) -> list[FetchedFile]:
         """Files of ``resource``, in a directory of their own; or the next slice."""
         if isinstance(resource, SchedulerData):
             return [await self._next_slice(resource)]
-        scheduler = self._job.scheduler.peer
+        scheduler = self.job.scheduler.peer
         if isinstance(resource, Peers) and any(one.peer != scheduler for one in resource.peers):
             # others would take this worker for one that asks for the job that it does for them
             raise Refused("uninvited", "an executor fetches files from the scheduler of its own job alone")
         self._fetches += 1
         number = self._fetches
         with self.directory.fetching(number) as directory:
-            paths = await self._context.connectors.fetch(resource, directory, self._job.job_id)
+            paths = await self._context.connectors.fetch(resource, directory, self.job.job_id)
             return [
                 FetchedFile(
                     path=f"artifacts/{number}/{path.relative_to(directory).as_posix()}",
@@ -274,13 +251,13 @@ class ExecutorTraffic:
             ]
 
     async def _next_slice(self, resource: SchedulerData) -> FetchedFile:
-        if self.slices is None or not isinstance(self._job, TrainJob):
+        if self.slices is None or not isinstance(self.job, TrainJob):
             raise Refused("invalid", "only a training job has slices")
-        if (resource.peer, resource.dataset) != (self._job.scheduler.peer, self._job.dataset):
-            raise Refused("invalid", f"this job trains on {self._job.dataset!r} of its own scheduler")
+        if (resource.peer, resource.dataset) != (self.job.scheduler.peer, self.job.dataset):
+            raise Refused("invalid", f"this job trains on {self.job.dataset!r} of its own scheduler")
         found = await self.slices.next()
         return FetchedFile(
-            path=self.directory.relative(found.path),
+            path=f"slices/{found.path.name}",
             size=found.assigned.size,
             slice=found.assigned,
             round=found.stamp.round,
@@ -306,9 +283,8 @@ class ExecutorTraffic:
     async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
         if isinstance(resource, Local):
-            keeping = Keeping(call.marker, call.keep)
-            await store_local(path, resource.url, self._context.allowance, keeping)
-            return Sent(deliveries=(Delivery(peer=self._job.me, acknowledged=True),))
+            await store_local(path, resource.url, self._context.allowance, call.marker, call.keep)
+            return Sent(deliveries=(Delivery(peer=self.job.me, acknowledged=True),))
         if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
             raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
         kind, _, prefix = resource.resource.partition("/")
@@ -318,9 +294,7 @@ class ExecutorTraffic:
         name = call.name or path.name
         if call.generation is not None and call.generation != self.generation:
             raise Refused("stale", f"generation {self.generation} of the job runs here now")
-        stamp = JobStamp(
-            job_id=self._job.job_id, generation=self.generation, round=call.round, attempt=call.attempt
-        )
+        stamp = msgspec.structs.replace(self.stamp(), round=call.round, attempt=call.attempt)
         try:
             async with self._hashing:
                 sent = TransferMeta(
@@ -343,24 +317,12 @@ class ExecutorTraffic:
         if kind in ("update", "theta"):
             allowed = (self._partners or frozenset()) | self._joiners
         elif kind in ("export", "checkpoint"):
-            allowed = frozenset({self._job.scheduler.peer})
+            allowed = frozenset({self.job.scheduler.peer})
         else:
             raise Refused("invalid", f"there is no resource {kind!r} to send")
         for receiver in receivers:
             if receiver.peer not in allowed:
                 raise Refused("uninvited", f"{receiver.peer} is not to receive {kind} of this job")
-
-    def open_arrivals(self, kinds: frozenset[str]) -> AbstractContextManager[Feed[ReceivedFile]]:
-        """For ``/resources/receive``."""
-        return self._arrivals.open(kinds)
-
-    def open_directives(self) -> AbstractContextManager[Feed[Directive]]:
-        """For ``/directives``."""
-        return self._directives.open()
-
-    def take_spans(self, spans: tuple[FinishedSpan, ...]) -> None:
-        """For ``/spans``."""
-        self.signals.spans.take(spans)
 
     def report(self, event: Event) -> None:
         """Forward an event of the executor. Raises Refused (``busy``) when too many wait."""
@@ -376,7 +338,7 @@ class ExecutorTraffic:
             stamp = JobStamp(job_id=stamp.job_id, generation=stamp.generation, round=round_)
         if isinstance(event, Progress):
             report = Report(stamp=stamp, incarnation=self.incarnation, progress=event)
-            self._context.node.report(self._job.scheduler.peer, report)
+            self._context.node.report(self.job.scheduler.peer, report)
             return
         if isinstance(event, RoundStarted) and self.slices is not None:
             self.slices.resume()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 
 import trio
 
@@ -27,71 +26,50 @@ LOADING_S = 300.0
 _LONGEST_PAUSE_S = 5.0
 
 
-@dataclass(frozen=True)
-class Patience:
-    """``hang_s`` as the worker's owner wants it (0: for ever), ``shorter_s`` as the job does; ``always``:
-    from the start.
+class Watch:
+    """One executor, started at ``now``, which may be silent for ``working_s`` once its model is there (0: for
+    ever), and is ``watched`` from the start. :meth:`look` is to be called every :attr:`pause_s`.
     """
 
-    hang_s: float
-    shorter_s: float | None = None
-    always: bool = True
-
-    @classmethod
-    def of(cls, worker: WorkerConfig, executor: ExecutorConfig, job: Job) -> Patience:
-        """With this executor, for this job."""
-        return cls(
-            hang_s=worker.hang_s if executor.hang_s is None else executor.hang_s,
-            shorter_s=job.hang_s if isinstance(job, TrainJob) else None,
-            always=executor.cmd is None or executor.hang_s is not None,
-        )
-
-    @property
-    def working_s(self) -> float:
-        """Once its model is there; 0: for ever."""
-        return min(self.hang_s, self.shorter_s or self.hang_s)
-
-
-class Watch:
-    """One executor, started at ``now``. :meth:`look` is to be called every :attr:`pause_s`."""
-
-    def __init__(self, patience: Patience, now: float) -> None:
-        self._working_s = patience.working_s
-        self._watched = patience.always
-        self._loading = True
+    def __init__(self, working_s: float, watched: bool, now: float) -> None:
+        self._working_s = working_s
+        self._watched = watched
+        #: its model is not there yet
+        self.loading = True
         self._last_at = self._looked_at = now
         self._last = ""
         #: what is to be reported of its end, once it was found to hang
         self.verdict = ""
+
+    @classmethod
+    def of(cls, worker: WorkerConfig, executor: ExecutorConfig, job: Job, now: float) -> Watch:
+        """As the worker's owner wants it, or the job where that is sooner."""
+        hang_s = worker.hang_s if executor.hang_s is None else executor.hang_s
+        shorter_s = job.hang_s if isinstance(job, TrainJob) else None
+        watched = executor.cmd is None or executor.hang_s is not None
+        return cls(min(hang_s, shorter_s or hang_s), watched, now)
 
     @property
     def pause_s(self) -> float:
         """Between two looks."""
         return min(_LONGEST_PAUSE_S, self._working_s / 10.0 or _LONGEST_PAUSE_S)
 
-    @property
-    def loading(self) -> bool:
-        """Whether its model is not there yet."""
-        return self._loading
-
     def sign(self, event: Event, now: float) -> None:
-        """It sent an event."""
         if isinstance(event, Alive):
             self._watched = True
         else:
             self._last = re.sub(r"(?<!^)(?=[A-Z])", " ", type(event).__name__).lower()
         if isinstance(event, Loaded | ModelReady):
-            self._loading = False
+            self.loading = False
         self._last_at = now
 
     def look(self, now: float) -> bool:
-        """Does it hang?"""
         slept_s = now - self._looked_at
         self._looked_at = now
         if slept_s > 3.0 * self.pause_s:
             # this worker itself stood still: signs may lie unread in its socket
             self._last_at += slept_s
-        limit_s = max(self._working_s, LOADING_S) if self._loading else self._working_s
+        limit_s = max(self._working_s, LOADING_S) if self.loading else self._working_s
         silent_s = now - self._last_at
         if not self._watched or not self._working_s or silent_s < limit_s:
             return False

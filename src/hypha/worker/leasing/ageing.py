@@ -6,6 +6,8 @@ Waiting begins with the first request that this worker could serve, and is over 
 came to nothing on the scheduler's side; who has not asked for a while waits no more. Nobody loses a
 lease by it.
 
+Who is offered something again and again and takes nothing gets no offer for a while: :class:`FailedOffers`.
+
 Beside that it is known how long ago each request was received for the first time, leases under it included:
 of two jobs that are in each other's way before they begin, the one that asked later is asked to give way.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hypha.backoff import pause_after
 from hypha.config.offers import OfferConfig
 from hypha.leases import LeaseBook
 from hypha.messages import ExecutorClass, Resources
@@ -23,8 +26,11 @@ FORGOTTEN_S = 30.0
 #: requests that were first received within so long are as old as each other; then their names decide, which
 #: are random, and the same for all workers
 SAME_TIME_S = 5.0
-#: so many wait at most; those that were received longest ago are forgotten
+#: so many are remembered at most; those that were received longest ago are forgotten
 _REMEMBERED = 1024
+#: After a second offer in a row that came to nothing, its scheduler gets none for so long; each time it
+#: doubles.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 
 #: a scheduler, by PeerID, and the class of executor that it asks for
 Waiter = tuple[str, ExecutorClass]
@@ -80,7 +86,6 @@ class Ageing:
             self._asked[asked] = heard
 
     def blocked(self, waiter: Waiter) -> None:
-        """What it asks for was not free."""
         if (waits := self._waits.get(waiter)) is not None:
             waits.blocked = True
 
@@ -160,3 +165,27 @@ class Ageing:
                 self.seen(asked, now)
             else:
                 del self._asked[asked]
+
+
+class FailedOffers:
+    """Offers to each scheduler that came to nothing, one after the other."""
+
+    def __init__(self) -> None:
+        #: scheduler -> how many, and until when it gets no other
+        self._of: dict[str, tuple[int, float]] = {}
+
+    def count(self, scheduler: str, now: float) -> None:
+        times = self._of.pop(scheduler, (0, 0.0))[0] + 1
+        pause_s = pause_after(times - 2, FIRST_PAUSE_S, LONGEST_PAUSE_S) if times > 1 else 0.0
+        self._of[scheduler] = (times, now + pause_s)
+        while len(self._of) > _REMEMBERED:
+            del self._of[next(iter(self._of))]
+
+    def forget(self, scheduler: str) -> None:
+        """It has accepted one."""
+        self._of.pop(scheduler, None)
+
+    def pausing(self, scheduler: str, now: float) -> str | None:
+        """Why it gets no offer for now."""
+        times, until = self._of.get(scheduler, (0, now))
+        return f"{times} offers to its scheduler came to nothing" if now < until else None

@@ -11,13 +11,13 @@ cannot be delivered, or are kept without an answer) is offered nothing for a whi
 accepts one. What a strategy offers:
 
 - ``flexible``: exactly what was asked for. ``utilization`` and ``affinity`` offer the same, at a price that
-  follows the load, or is lower for some (:mod:`hypha.worker.leasing.pricing`).
+  follows the load, or is lower for some (:mod:`hypha.worker.leasing.terms`).
 - ``whole``: to a training job everything that is free at that moment, since a larger batch is what it
   can use it for; to a parameter server, which has no use for more, exactly what was asked for. So a
   worker hosts both under two leases when the parameter server comes first, and never when it does not:
   an owner who wants both in any order takes ``flexible``.
 
-GPU memory is given of one GPU, or of several that nobody uses (:mod:`hypha.worker.limits.devices`): what is
+GPU memory is given of one GPU, or of several that nobody uses (:mod:`hypha.worker.limits.gpus`): what is
 free on no GPU by itself is not offered.
 
 The price offered is the worker's at that moment, or the bid where that is higher: a scheduler pays what it
@@ -36,21 +36,11 @@ from msgspec import structs
 
 from hypha.config.offers import OfferConfig
 from hypha.journal import Journal
-from hypha.leases import (
-    Denied,
-    Granted,
-    Lease,
-    LeaseBook,
-    LeaseEnded,
-    Renew,
-    Reserve,
-    Revoke,
-    Tick,
-)
+from hypha.leases import Denied, Granted, Lease, LeaseBook, LeaseEnded, Renew, Reserve, Revoke, Tick
 from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
 from hypha.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
-from hypha.worker.leasing.ageing import Ageing, Waiter
+from hypha.worker.leasing.ageing import Ageing, FailedOffers, Waiter
 from hypha.worker.leasing.events import (
     ArbiterAction,
     ArbiterBegan,
@@ -65,9 +55,8 @@ from hypha.worker.leasing.events import (
     RequestReceived,
     SendOffer,
 )
-from hypha.worker.leasing.pricing import Pricing, load_of
-from hypha.worker.leasing.vetting import FailedOffers, Vetting, WorkerCapacity
-from hypha.worker.limits.devices import GpuBoard
+from hypha.worker.leasing.terms import Pricing, WorkerCapacity, load_of
+from hypha.worker.limits.gpus import GpuBoard
 
 #: of an arbiter's entries in a journal
 NAME = "arbiter"
@@ -124,9 +113,8 @@ class Arbiter:
         self.gpus = GpuBoard(capacity.gpus)
         self._terms = terms
         self.pricing = Pricing(terms)
-        self._vetting = Vetting(capacity, terms, self.pricing)
         self._ageing = Ageing(terms, self.book)
-        self._abilities = capacity.abilities
+        self._capacity = capacity
         self._worker = worker
         self._new_id = new_id
         self._waiting: dict[tuple[str, str], _Waiting] = {}
@@ -137,28 +125,21 @@ class Arbiter:
         self._window_ends: float | None = None
         #: the window is over, and a connection is waited for
         self._over = False
-        self._closed = False
+        #: it makes no offers any more
+        self.closed = False
         #: ids of leases, and the reference that the worker gave of itself, while the present event was
         #: handled
         self._drawn: list[tuple[str, PeerRef]] = []
 
     @property
-    def is_closed(self) -> bool:
-        """It makes no offers any more."""
-        return self._closed
-
-    @property
     def next_wake(self) -> float | None:
-        """When the next :class:`Tick` is due: the window's end, an expiry or another price; None when nothing
-        is.
-        """
+        """When the next :class:`Tick` is due: a window's end, an expiry, another price; None: none is."""
         due = (self._window_ends, self.book.next_wake, self.pricing.next_wake)
         moments = [moment for moment in due if moment is not None]
         moments.extend(waiting.before for waiting in self._unreached.values())
         return min(moments, default=None)
 
     def handle(self, event: ArbiterEvent, now: float) -> list[ArbiterAction]:
-        """Apply ``event`` at ``now``."""
         self._drawn.clear()
         actions = self._apply(event, now)
         # what is only held with an offer is no load yet
@@ -174,7 +155,7 @@ class Arbiter:
         """Assert what always holds after an event at ``now``. For tests and simulation."""
         assert (self._window_ends is None) == (not self._waiting), "requests wait without a window"
         assert self._window_ends is None or self._window_ends > now, "a window has ended undecided"
-        assert not (self._closed and self._waiting), "a worker that stops lets requests wait"
+        assert not (self.closed and self._waiting), "a worker that stops lets requests wait"
         waiting_in_all = {**self._waiting, **self._unreached}
         assert len(waiting_in_all) <= MAX_WAITING, f"{len(waiting_in_all)} requests wait"
         assert all(one.before > now and not one.reached for one in self._unreached.values()), "one waits idly"
@@ -198,11 +179,10 @@ class Arbiter:
         return self._ageing.contention((lease.scheduler, lease.request_id), now)
 
     def _summary(self) -> dict[str, object]:
-        """Of its state, for the journal."""
         return {
             "waiting": len(self._waiting),
             "leases": len(self.book),
-            "closed": self._closed,
+            "closed": self.closed,
             "price_level": self.pricing.level,
         }
 
@@ -214,8 +194,8 @@ class Arbiter:
                 self._notice(actions, now)
                 refusal = (
                     self._closed_now()
-                    or self._vetting.unfit(publisher, request)
-                    or self._vetting.too_low(request, cached)
+                    or self._capacity.unfit(publisher, request, self._terms.floor)
+                    or self.pricing.too_low(request, cached)
                     or self._enter(request, reached, cached, now)
                 )
                 if refusal is not None:
@@ -239,13 +219,13 @@ class Arbiter:
                 self._notice(renewed, now)
                 actions.extend(renewed)
             case Close():
-                self._closed = True
+                self.closed = True
                 self._waiting.clear()
                 self._unreached.clear()
                 self._window_ends, self._over = None, False
                 actions.extend(self.book.handle(Tick(), now))
             case Reopen():
-                self._closed = False
+                self.closed = False
                 actions.extend(self.book.handle(Tick(), now))
             case _:
                 ended = self.book.handle(event, now)
@@ -288,15 +268,14 @@ class Arbiter:
         """Temporary leases among what has ended that nobody took, and nobody gave back in time. Unless it was
         not ``refused``, its scheduler begins to wait anew.
         """
-        for action in actions:
-            if isinstance(action, LeaseEnded):
-                self._ageing.seen((action.lease.scheduler, action.lease.request_id), now)
-            if isinstance(action, LeaseEnded) and not action.lease.accepted:
-                if refused:
-                    self._ageing.over((action.lease.scheduler, action.lease.kind))
-                left_s = action.lease.expires_at - now
-                if left_s <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
-                    self._failures.count(action.lease.scheduler, now)
+        for lease in [action.lease for action in actions if isinstance(action, LeaseEnded)]:
+            self._ageing.seen((lease.scheduler, lease.request_id), now)
+            if lease.accepted:
+                continue
+            if refused:
+                self._ageing.over((lease.scheduler, lease.kind))
+            if lease.expires_at - now <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
+                self._failures.count(lease.scheduler, now)
 
     def _reached(self, scheduler: str, reached: bool, now: float) -> list[ArbiterAction]:
         """Its requests that wait for that are offered something now, or given up."""
@@ -322,10 +301,9 @@ class Arbiter:
         return actions
 
     def _closed_now(self) -> tuple[str, Cause] | None:
-        return ("this worker is drained, or stopping", "closed") if self._closed else None
+        return ("this worker is drained, or stopping", "closed") if self.closed else None
 
     def _has_an_offer(self, request: WorkerRequest) -> bool:
-        """A temporary lease for its scheduler and class of executor is there."""
         asks = (request.scheduler.peer, request.executor.kind)
         return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
 
@@ -372,13 +350,16 @@ class Arbiter:
     def _offer(self, contender: _Waiting, now: float) -> list[ArbiterAction]:
         request = contender.request
         scheduler = request.scheduler
+
+        def ignored(reason: str, cause: Cause = "other") -> list[ArbiterAction]:
+            return [Ignored(request.request_id, scheduler.peer, reason, cause)]
+
         if now >= contender.before:
-            return [Ignored(request.request_id, scheduler.peer, "an offer would come too late")]
+            return ignored("an offer would come too late")
         if self._has_an_offer(request):
-            reason = "its scheduler has not answered another offer yet"
-            return [Ignored(request.request_id, scheduler.peer, reason, "duplicate")]
-        if (low := self._vetting.too_low(request, contender.cached)) is not None:
-            return [Ignored(request.request_id, scheduler.peer, *low)]
+            return ignored("its scheduler has not answered another offer yet", "duplicate")
+        if (low := self.pricing.too_low(request, contender.cached)) is not None:
+            return ignored(*low)
         free = self.book.free
         self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
         kept = self._ageing.kept_for(now)
@@ -389,11 +370,10 @@ class Arbiter:
             if kept is not None and fits(request.resources, free):
                 reason = "what is free is kept for a request that has waited for longer"
             self._ageing.blocked(contender.waiter)
-            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+            return ignored(reason, "resources")
         if not self.gpus.fits(request.resources.gpu):
-            reason = "no GPU has as much memory free as it asks for"
             self._ageing.blocked(contender.waiter)
-            return [Ignored(request.request_id, scheduler.peer, reason, "resources")]
+            return ignored("no GPU has as much memory free as it asks for", "resources")
         free = structs.replace(free, gpu=self.gpus.largest(free.gpu))
         whole = self._terms.strategy == "whole" and request.executor.kind == "train" and kept is None
         lease_id, worker = self._new_id(), self._worker()
@@ -419,14 +399,14 @@ class Arbiter:
                     resources=lease.resources,
                     price=lease.price,
                     expires_in_s=temporary_s,
-                    version=self._abilities.version,
-                    features=self._abilities.features,
+                    version=self._capacity.abilities.version,
+                    features=self._capacity.abilities.features,
                 )
                 self._ageing.offered(contender.waiter)
                 # an offer whose lease has ended by then is no offer
                 actions.append(SendOffer(scheduler, offer, min(contender.before, now + temporary_s)))
             elif isinstance(answer, Denied):
-                actions.append(Ignored(request.request_id, scheduler.peer, answer.reason, "resources"))
+                actions.extend(ignored(answer.reason, "resources"))
             else:
                 actions.append(answer)
         return actions

@@ -10,8 +10,6 @@ from hypha.features import Abilities
 from hypha.leases import Bind, Denied, Drained, Freed, Granted, Hold, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 
-# --- in -----------------------------------------------------------------------------------------------
-
 
 class RequestReceived(Struct, frozen=True, tag="Heard"):
     """``request`` was published by the authenticated ``publisher``. Unless it is ``reached``, a connection to
@@ -68,22 +66,9 @@ class ArbiterBegan(Struct, frozen=True, tag=True):
     gpus: tuple[float, ...] = ()
 
 
-ArbiterEvent = (
-    RequestReceived
-    | Reached
-    | OfferFailed
-    | RenewAsked
-    | Release
-    | Bind
-    | Hold
-    | Drained
-    | Tick
-    | Close
-    | Reopen
-)
-
-
-# --- out ------------------------------------------------------------------------------------------------
+#: what an arbiter only passes on to the book of its leases
+PassedOn = Release | Bind | Hold | Drained | Tick
+ArbiterEvent = RequestReceived | Reached | OfferFailed | RenewAsked | Close | Reopen | PassedOn
 
 
 class SendOffer(Struct, frozen=True, tag=True):

@@ -11,9 +11,7 @@ from hypha.naming import name_of
 
 if TYPE_CHECKING:
     from hypha.worker.leasing.leaving import Leaving
-    from hypha.worker.leasing.service import (
-        LeaseService,
-    )
+    from hypha.worker.leasing.service import LeaseService
 
 
 class GivenLease(Value, frozen=True):
@@ -44,9 +42,7 @@ class AskedPrice(Value, frozen=True):
 
 
 class GivenLeases(Value, frozen=True):
-    """What ``/leases`` of a worker answers: its leases, what is free, whether it makes offers, and at what
-    price.
-    """
+    """What ``/leases`` of a worker answers: leases, what is free, whether it makes offers, at what price."""
 
     state: str
     free: Resources
@@ -58,7 +54,7 @@ class GivenLeases(Value, frozen=True):
 
 def given_leases(lease_service: LeaseService, leaving: Leaving, worker: str = "") -> GivenLeases:
     """Of ``worker`` (its PeerID), as they are now."""
-    now, pricing = trio.current_time(), lease_service.pricing
+    now, pricing = trio.current_time(), lease_service.arbiter.pricing
     return GivenLeases(
         state=leaving.in_words,
         worker=worker,
@@ -66,11 +62,11 @@ def given_leases(lease_service: LeaseService, leaving: Leaving, worker: str = ""
         price=AskedPrice(
             asked=pricing.asked,
             rest=pricing.at_rest,
-            floor=pricing.floor,
+            floor=pricing.terms.floor,
             load=pricing.load,
-            strategy=pricing.strategy,
+            strategy=pricing.terms.strategy,
         ),
-        free=lease_service.free,
+        free=lease_service.arbiter.book.free,
         leases=tuple(
             GivenLease(
                 lease=lease.lease_id,

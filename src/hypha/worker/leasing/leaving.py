@@ -16,7 +16,7 @@ from hypha.errors import NetworkError, Refused
 from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
-from hypha.worker.leasing.events import OfferFailed
+from hypha.worker.leasing.events import OfferFailed, Reopen
 from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,7 @@ HAND_BACK_SHARE, HAND_BACK_S = 0.2, 1.0
 
 
 class Leaving:
-    """Of one worker, whose leases are at ``lease_service``. :meth:`run` does the work, beside the rest of the
-    worker; :attr:`left` is set when it is over.
-    """
+    """Of one worker, with the leases of ``lease_service``. :meth:`run` works beside the rest of it."""
 
     def __init__(self, node: Node, lease_service: LeaseService) -> None:
         self._node = node
@@ -39,7 +37,6 @@ class Leaving:
         #: when the worker ends, and why, once it leaves
         self.ends_at: float | None = None
         self.reason = ""
-        self.left = trio.Event()
         #: when what is leased still is handed back
         self._hand_back_at = 0.0
         #: a scheduler that does not answer is asked again as long as there is time
@@ -54,11 +51,11 @@ class Leaving:
         if self.ends_at is not None:
             left_s = max(0.0, self.ends_at - trio.current_time())
             return f"ends in {left_s:.1f} s ({self.reason})"
-        return "is drained, and makes no new offers" if self._lease_service.is_closed else "makes offers"
+        return "is drained, and makes no new offers" if self._lease_service.arbiter.closed else "makes offers"
 
     def drain(self) -> None:
         """Make no more offers; what is leased goes on."""
-        if not self._lease_service.is_closed:
+        if not self._lease_service.arbiter.closed:
             logger.info("Drained: this worker makes no new offers; %d leases go on.", len(self._accepted()))
         self._lease_service.close()
 
@@ -66,9 +63,9 @@ class Leaving:
         """Make offers again. Raises Refused when the worker leaves already."""
         if self.ends_at is not None:
             raise Refused("invalid", f"this worker {self.in_words}, and that cannot be taken back")
-        if self._lease_service.is_closed:
+        if self._lease_service.arbiter.closed:
             logger.info("This worker makes offers again.")
-        self._lease_service.reopen()
+        self._lease_service.handle(Reopen())
 
     def begin(self, within_s: float, reason: str, patient: bool = True) -> None:
         """Leave within that time. Called again, the sooner end holds. Unless ``patient``, no scheduler that
@@ -97,13 +94,10 @@ class Leaving:
     async def run(self) -> None:
         """Once it begins to leave: report to schedulers, wait until nothing runs, hand back what is left."""
         await self._begun.wait()
-        try:
-            async with trio.open_nursery() as nursery:
-                await self._until_nothing_runs(nursery)
-                nursery.cancel_scope.cancel()
-            await self._hand_back()
-        finally:
-            self.left.set()
+        async with trio.open_nursery() as nursery:
+            await self._until_nothing_runs(nursery)
+            nursery.cancel_scope.cancel()
+        await self._hand_back()
 
     def _accepted(self) -> list[Lease]:
         return [lease for lease in self._lease_service.leases if lease.accepted]
@@ -116,10 +110,9 @@ class Leaving:
                 if lease.lease_id not in self._told:
                     self._told.add(lease.lease_id)
                     nursery.start_soon(self._tell, lease)
-            waits = (
-                any(lease.lease_id not in self._unreached for lease in leases) or self._lease_service.draining
-            )
-            if not waits or trio.current_time() >= self._hand_back_at:
+            waits = any(lease.lease_id not in self._unreached for lease in leases)
+            draining = self._lease_service.arbiter.book.draining
+            if not (waits or draining) or trio.current_time() >= self._hand_back_at:
                 return
             # it may become sooner
             with trio.move_on_at(self._hand_back_at):

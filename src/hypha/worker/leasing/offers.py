@@ -9,19 +9,13 @@ import trio
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.leases import Release
-from hypha.messages import (
-    Acknowledged,
-    LeaseRenewed,
-    PeerRef,
-    ReleaseLease,
-    RenewLease,
-)
+from hypha.messages import Acknowledged, LeaseRenewed, PeerRef, ReleaseLease, RenewLease
 from hypha.node import Node
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span
 from hypha.tracing.operations import SEND_OFFER
 from hypha.worker.leasing.events import Ignored, OfferFailed, Reached, RenewAsked, SendOffer
-from hypha.worker.leasing.service import LeaseService, granted
+from hypha.worker.leasing.service import LeaseService
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +37,10 @@ async def serve_offers(
     """
 
     async def renew(caller: str, request: RenewLease) -> LeaseRenewed:
-        lease = granted(lease_service.handle(RenewAsked(request.lease_id, caller)), request.lease_id)
+        lease = lease_service.granted(RenewAsked(request.lease_id, caller))
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
         now = trio.current_time()
-        contended, outranked = lease_service.contention(lease, now)
+        contended, outranked = lease_service.arbiter.contention(lease, now)
         return LeaseRenewed(
             lease_id=lease.lease_id,
             expires_in_s=max(0.0, lease.expires_at - now),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import trio
 
@@ -26,9 +27,6 @@ END_S = 1.0
 #: of an answer, what is searched for the pattern
 _MAX_BODY_BYTES = 1 << 16
 
-#: A look: what was found, in words, or None.
-Look = Callable[[PreemptionConfig], Awaitable[str | None]]
-
 
 def notice_left_s(config: PreemptionConfig, polled: bool) -> float | None:
     """Of a notice that was just seen, how long the worker may take to leave; None where none is expected. A
@@ -42,53 +40,45 @@ def notice_left_s(config: PreemptionConfig, polled: bool) -> float | None:
 
 async def watch_for_notice(config: PreemptionConfig) -> str:
     """Wait for a notice; what it was, in words. Never returns where none is configured."""
-    looks: list[Look] = []
+    looks: dict[str, Callable[[], Awaitable[bool]]] = {}
     if config.file is not None:
-        looks.append(_look_for_file)
+        looks["preemption.file is there"] = partial(in_thread, config.file.exists)
     if config.command:
-        looks.append(_run_command)
+        looks["preemption.command says so"] = partial(_run_command, config.command)
     if config.url is not None:
-        looks.append(_ask_url)
+        looks["preemption.url says so"] = partial(_ask_url, config.url, config)
     failing: set[str] = set()
-    while looks:
-        for look in looks:
-            name = look.__name__
+    if not looks:
+        await trio.sleep_forever()
+    while True:
+        for notice, look in looks.items():
             try:
-                found = await look(config)
+                found = await look()
             except (OSError, _NoLook) as exc:
-                if name not in failing:
-                    failing.add(name)
+                if notice not in failing:
+                    failing.add(notice)
                     logger.warning("A notice of this machine's end would not be noticed: %s.", exc)
                 continue
-            if name in failing:
-                failing.discard(name)
+            if notice in failing:
+                failing.discard(notice)
                 logger.info("Notices of this machine's end are looked for again.")
-            if found is not None:
-                return found
+            if found:
+                return notice
         await trio.sleep(config.poll_s)
-    await trio.sleep_forever()
-    raise AssertionError("nobody wakes it")
 
 
 class _NoLook(Exception):
     """It is not known whether there is a notice."""
 
 
-async def _look_for_file(config: PreemptionConfig) -> str | None:
-    if config.file is None or not await in_thread(config.file.exists):
-        return None
-    return "preemption.file is there"
-
-
 async def _kill(process: trio.Process) -> None:
     process.kill()
 
 
-async def _run_command(config: PreemptionConfig) -> str | None:
-    program = config.command[0]
+async def _run_command(command: Sequence[str]) -> bool:
     with trio.move_on_after(LOOK_S):
         ended = await trio.run_process(
-            config.command,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -97,32 +87,28 @@ async def _run_command(config: PreemptionConfig) -> str | None:
             env=dict(child_environment()),
         )
         if ended.returncode < 0:
-            raise _NoLook(f"preemption.command ({program}) was ended by signal {-ended.returncode}")
-        return "preemption.command says so" if ended.returncode == 0 else None
-    raise _NoLook(f"preemption.command ({program}) did not end within {LOOK_S:g} s")
+            raise _NoLook(f"preemption.command ({command[0]}) was ended by signal {-ended.returncode}")
+        return ended.returncode == 0
+    raise _NoLook(f"preemption.command ({command[0]}) did not end within {LOOK_S:g} s")
 
 
-async def _ask_url(config: PreemptionConfig) -> str | None:
+async def _ask_url(url: str, config: PreemptionConfig) -> bool:
     import httpx
 
-    if config.url is None:
-        return None
     try:
         with trio.fail_after(LOOK_S):
             # the service is on this machine's own link: no proxy knows the way
             async with (
                 httpx.AsyncClient(timeout=LOOK_S, trust_env=False) as client,
-                client.stream("GET", config.url, headers=config.url_headers) as answer,
+                client.stream("GET", url, headers=config.url_headers) as answer,
             ):
                 if answer.status_code != httpx.codes.OK:
-                    return None
+                    return False
                 body = b""
                 async for part in answer.aiter_bytes():
                     body += part
                     if len(body) >= _MAX_BODY_BYTES:
                         break
     except (httpx.HTTPError, httpx.InvalidURL, trio.TooSlowError) as exc:
-        raise _NoLook(f"{config.url} does not answer: {exc or type(exc).__name__}") from exc
-    if not re.search(config.url_pattern, body[:_MAX_BODY_BYTES].decode("utf-8", "replace")):
-        return None
-    return "preemption.url says so"
+        raise _NoLook(f"{url} does not answer: {exc or type(exc).__name__}") from exc
+    return re.search(config.url_pattern, body[:_MAX_BODY_BYTES].decode("utf-8", "replace")) is not None

@@ -15,13 +15,8 @@ from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from hypha.errors import Refused
-from hypha.leases import Bind, Denied, Drained, Freed, Granted, Hold, Lease, LeaseEnded, Tick
-from hypha.messages import (
-    ExecutorClass,
-    Resources,
-    WorkerOffer,
-    WorkerRequest,
-)
+from hypha.leases import Bind, Denied, Freed, Granted, Hold, Lease, LeaseEnded, Tick
+from hypha.messages import WorkerOffer, WorkerRequest
 from hypha.node import Changes
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import start_span, traceparent
@@ -34,12 +29,10 @@ from hypha.worker.leasing.events import (
     Cause,
     Close,
     Ignored,
-    Reopen,
+    RenewAsked,
     RequestReceived,
     SendOffer,
 )
-from hypha.worker.leasing.pricing import Pricing
-from hypha.worker.limits.devices import GpuShare
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +41,7 @@ MAX_LOGGED = 64
 
 
 class LeaseService:
-    """The leases of one worker, under trio's monotonic clock.
+    """The leases of one worker, about which ``arbiter`` decides, under trio's monotonic clock.
 
     ``on_expired`` is called, once and from within the loop, with every lease that ended while it was
     accepted, whether it expired or was released; it must not block. ``datasets`` gives the names of those of
@@ -61,7 +54,7 @@ class LeaseService:
         on_expired: Callable[[Lease], None],
         datasets: Callable[[], Collection[str]] = frozenset,
     ) -> None:
-        self._arbiter = arbiter
+        self.arbiter = arbiter
         self._on_expired = on_expired
         self._datasets = datasets
         self._wake = trio.Event()
@@ -80,50 +73,16 @@ class LeaseService:
     @property
     def leases(self) -> tuple[Lease, ...]:
         """All leases, temporary ones included."""
-        return tuple(self._arbiter.book)
+        return tuple(self.arbiter.book)
 
-    @property
-    def free(self) -> Resources:
-        """What could be offered now."""
-        return self._arbiter.book.free
-
-    @property
-    def total(self) -> Resources:
-        """What the worker has."""
-        return self._arbiter.book.total
-
-    def gpus_of(self, lease_id: str) -> GpuShare:
-        """What this lease was given of the worker's GPUs."""
-        return self._arbiter.gpus.share_of(lease_id)
-
-    @property
-    def pricing(self) -> Pricing:
-        """What is asked for now, and the load that it follows."""
-        return self._arbiter.pricing
-
-    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
-        """Whether other schedulers ask for what is leased, and whether one has asked for longer."""
-        return self._arbiter.contention(lease, now)
-
-    def lease_for_dispatch(
-        self, lease_id: str, caller: str, kind: ExecutorClass, job_id: str | None = None
-    ) -> Lease:
-        """The accepted lease under which ``caller`` may start a ``kind`` executor.
-
-        ``job_id`` binds the lease to that job; another job is refused from then on. Raises
-        ``Refused("lease", ...)``.
-        """
-        return self._granted(Bind(lease_id, caller, kind, job_id))
-
-    def hold(self, lease_id: str, hold_s: float) -> Lease:
-        """An executor runs under this lease: when it ends, keep its resources until :meth:`drained`,
-        at most ``hold_s``. Raises ``Refused("lease", ...)``.
-        """
-        return self._granted(Hold(lease_id, hold_s))
-
-    def drained(self, lease_id: str) -> None:
-        """No executor runs under this lease any more, so it holds nothing beyond its end."""
-        self.handle(Drained(lease_id))
+    def granted(self, event: Bind | Hold | RenewAsked) -> Lease:
+        """The lease that ``event`` is about, as it is then. Raises Refused when it was denied."""
+        for action in self.handle(event):
+            if isinstance(action, Granted) and action.lease.lease_id == event.lease_id:
+                return action.lease
+            if isinstance(action, Denied) and action.lease_id == event.lease_id:
+                raise Refused(action.code, action.reason)
+        raise Refused("internal", f"nothing was decided about lease {event.lease_id}")
 
     def close(self) -> None:
         """Offer nothing any more; leases go on."""
@@ -131,20 +90,6 @@ class LeaseService:
         for evaluating in self._evaluating.values():
             evaluating.end()
         self._evaluating.clear()
-
-    def reopen(self) -> None:
-        """Make offers again."""
-        self.handle(Reopen())
-
-    @property
-    def is_closed(self) -> bool:
-        """Nothing is offered any more."""
-        return self._arbiter.is_closed
-
-    @property
-    def draining(self) -> bool:
-        """An executor whose lease is over has not ended yet."""
-        return bool(self._arbiter.book.draining)
 
     def receive(
         self, publisher: str, request: WorkerRequest, received_in: str | None = None, reached: bool = True
@@ -180,7 +125,7 @@ class LeaseService:
 
     def handle(self, event: ArbiterEvent) -> list[ArbiterAction]:
         """Pass on to the arbiter, and do what follows, but for offers, which the loop delivers."""
-        actions = self._arbiter.handle(event, trio.current_time())
+        actions = self.arbiter.handle(event, trio.current_time())
         for action in actions:
             match action:
                 case SendOffer(scheduler, offer):
@@ -218,21 +163,20 @@ class LeaseService:
             for offer in outbox:
                 deliver(offer)
             self._log_idle(idle)
-            next_wake = self._arbiter.next_wake
+            next_wake = self.arbiter.next_wake
             with trio.move_on_at(min(idle.next_at, math.inf if next_wake is None else next_wake)):
                 await wake.wait()
 
     def _log_idle(self, idle: Reminder) -> None:
-        if any(lease.accepted for lease in self._arbiter.book):
+        if any(lease.accepted for lease in self.arbiter.book):
             idle.reset()
             self._requests, self._no_offer = 0, ""
         elif idle.due():
             received = f"{self._requests} requests were received" if self._requests else "none was received"
+            free = structs.asdict(self.arbiter.book.free)
             logger.info(
                 "Nothing is leased: waiting for a scheduler's request that fits %s; %s%s.",
-                " ".join(
-                    f"{name}={amount:g}" for name, amount in structs.asdict(self.free).items() if amount
-                ),
+                " ".join(f"{name}={amount:g}" for name, amount in free.items() if amount),
                 received,
                 f", and the last got no offer: {self._no_offer}" if self._no_offer else "",
             )
@@ -253,16 +197,11 @@ class LeaseService:
                 self._evaluated_in[offer.lease_id] = parent
 
     def _level(self, reason: str, cause: Cause) -> int:
-        """Requests are repeated; what this version lacks is logged once, and only so much of it: it is peers
-        who name it.
-        """
+        """Requests are repeated: what is lacking is logged once, and only so much of it, as peers name it."""
         if cause != "features" or reason in self._logged or len(self._logged) >= MAX_LOGGED:
             return logging.DEBUG
         self._logged.add(reason)
         return logging.WARNING
-
-    def _granted(self, event: Bind | Hold) -> Lease:
-        return granted(self.handle(event), event.lease_id)
 
     def _ended(self, lease: Lease, reason: str) -> None:
         fields = {"lease_id": lease.lease_id, "peer_id": lease.scheduler, "job_id": lease.job_id}
@@ -274,13 +213,3 @@ class LeaseService:
             self._on_expired(lease)
         except Exception:  # the other leases must end on time, whatever goes wrong with this one
             logger.exception("What ran under an ended lease could not be stopped.", extra=fields)
-
-
-def granted(actions: list[ArbiterAction], lease_id: str) -> Lease:
-    """The lease among ``actions`` that was granted. Raises Refused when it was denied."""
-    for action in actions:
-        if isinstance(action, Granted) and action.lease.lease_id == lease_id:
-            return action.lease
-        if isinstance(action, Denied) and action.lease_id == lease_id:
-            raise Refused(action.code, action.reason)
-    raise Refused("internal", f"nothing was decided about lease {lease_id}")

@@ -17,6 +17,7 @@ from typing import Literal
 
 import trio
 
+from hypha.messages import Resources
 from hypha.runtime import wall_time
 
 logger = logging.getLogger(__name__)
@@ -44,23 +45,11 @@ class CgroupPlaces:
     v1: Mapping[str, Path] = field(default_factory=dict)
     v2_has: frozenset[str] = frozenset({"memory", "cpu"})
 
-    def __bool__(self) -> bool:
-        return self.v2 is not None or bool(self.v1)
-
     def version(self, controller: Controller) -> str | None:
         """``v2`` or ``v1``; None where there is no such controller."""
         if self.v2 is not None and controller in self.v2_has:
             return "v2"
         return "v1" if controller in self.v1 else None
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """For one executor; 0 means none. ``processes`` counts threads too."""
-
-    memory_gb: float = 0.0
-    cpu: float = 0.0
-    processes: int = 0
 
 
 def find_cgroups(mountinfo: str, membership: str) -> tuple[Path | None, dict[str, Path]]:
@@ -146,14 +135,16 @@ def remove_stale_groups(places: CgroupPlaces) -> int:
     return removed
 
 
-def make_groups(places: CgroupPlaces, name: str, bounds: Bounds) -> tuple[Path, ...]:
-    """Groups called ``name`` with ``bounds``, as far as there are controllers. Raises OSError."""
+def make_groups(places: CgroupPlaces, name: str, resources: Resources, processes: int) -> tuple[Path, ...]:
+    """Groups called ``name`` that bound the cores and memory of ``resources``, and ``processes`` with their
+    threads, as far as there are controllers; 0 is no bound. Raises OSError.
+    """
     made: list[Path] = []
     try:
-        if places.v2 is not None and (settings := _settings_v2(places, bounds)):
+        if places.v2 is not None and (settings := _settings_v2(places, resources, processes)):
             made.append(_write_group(places.v2 / name, *settings))
         for controller, place in places.v1.items():
-            if settings := _settings_v1(controller, bounds):
+            if settings := _settings_v1(controller, resources, processes):
                 made.append(_write_group(place / name, *settings))
     except OSError:
         for group in made:
@@ -165,34 +156,34 @@ def make_groups(places: CgroupPlaces, name: str, bounds: Bounds) -> tuple[Path, 
 Settings = tuple[dict[str, str], dict[str, str]]
 
 
-def _settings_v2(places: CgroupPlaces, bounds: Bounds) -> Settings | None:
+def _settings_v2(places: CgroupPlaces, resources: Resources, processes: int) -> Settings | None:
     """What must be written, and what not every kernel has."""
     must: dict[str, str] = {}
     may: dict[str, str] = {}
-    if bounds.memory_gb and "memory" in places.v2_has:
-        must |= {"memory.max": str(int(bounds.memory_gb * GB)), "memory.oom.group": "1"}
+    if resources.memory and "memory" in places.v2_has:
+        must |= {"memory.max": str(int(resources.memory * GB)), "memory.oom.group": "1"}
         # An executor that swaps slows down everybody; kernels without swap accounting lack the file.
         may["memory.swap.max"] = "0"
-    if bounds.cpu and "cpu" in places.v2_has:
-        must["cpu.max"] = f"{_quota_us(bounds.cpu)} {CPU_PERIOD_US}"
+    if resources.cpu and "cpu" in places.v2_has:
+        must["cpu.max"] = f"{_quota_us(resources.cpu)} {CPU_PERIOD_US}"
         # where more is leased than there is (several workers on a machine), each gets its share
-        may["cpu.weight"] = str(min(10_000, max(1, round(bounds.cpu * _WEIGHT_V2))))
-    if bounds.processes and "pids" in places.v2_has:
-        must["pids.max"] = str(bounds.processes)
+        may["cpu.weight"] = str(min(10_000, max(1, round(resources.cpu * _WEIGHT_V2))))
+    if processes and "pids" in places.v2_has:
+        must["pids.max"] = str(processes)
     return (must, may) if must else None
 
 
-def _settings_v1(controller: str, bounds: Bounds) -> Settings | None:
-    if controller == "memory" and bounds.memory_gb:
-        limit = str(int(bounds.memory_gb * GB))
+def _settings_v1(controller: str, resources: Resources, processes: int) -> Settings | None:
+    if controller == "memory" and resources.memory:
+        limit = str(int(resources.memory * GB))
         return {"memory.limit_in_bytes": limit}, {"memory.memsw.limit_in_bytes": limit}
-    if controller == "cpu" and bounds.cpu:
+    if controller == "cpu" and resources.cpu:
         return (
-            {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": str(_quota_us(bounds.cpu))},
-            {"cpu.shares": str(max(2, round(bounds.cpu * _SHARES_V1)))},
+            {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": str(_quota_us(resources.cpu))},
+            {"cpu.shares": str(max(2, round(resources.cpu * _SHARES_V1)))},
         )
-    if controller == "pids" and bounds.processes:
-        return {"pids.max": str(bounds.processes)}, {}
+    if controller == "pids" and processes:
+        return {"pids.max": str(processes)}, {}
     return None
 
 

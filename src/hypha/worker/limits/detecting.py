@@ -1,7 +1,7 @@
 """What this machine has: cores, memory, GPUs and disk, as far as this process may use them.
 
 A container's limits count, and whoever started this process may have pinned it to some cores or hidden some
-GPUs from it. :func:`detect` reads (files below :class:`Roots`, and NVIDIA's library), :func:`lowered` is
+GPUs from it. :func:`detect` reads (files in /proc and /sys, and NVIDIA's library), :func:`lowered` is
 arithmetic: a configuration may offer less than there is, and never more. Amounts are those of
 :class:`hypha.messages.Resources`: cores, and GB of the rest.
 """
@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import psutil
@@ -20,18 +21,10 @@ from hypha.disks import existing, free_bytes
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import GB
 from hypha.worker.limits.gpus import Gpu, find_gpus
+from hypha.worker.limits.usage import disk_usage
 
 #: more than is there by less than this share is rounding, not a claim
 _ROUNDING = 0.01
-
-
-@dataclass(frozen=True)
-class Roots:
-    """Where the kernel describes itself."""
-
-    cgroups: Path = Path("/sys/fs/cgroup")
-    proc: Path = Path("/proc")
-    sys: Path = Path("/sys")
 
 
 @dataclass(frozen=True)
@@ -58,11 +51,9 @@ class DetectedMachine:
 
     @property
     def resources(self) -> Resources:
-        """All of it."""
         return Resources(cpu=self.cpu, memory=self.memory, gpu=self.gpu, storage=self.storage)
 
     def describe(self) -> dict[str, str]:
-        """Each resource in words."""
         gpus = f"{', '.join(map(str, self.gpus))}: {self.gpus[0].source}" if self.gpus else "none"
         return {
             "cpu": f"{self.cpu:g} cores: {self.cpu_by}",
@@ -109,15 +100,15 @@ def lowered(configured: Resources, machine: DetectedMachine) -> tuple[Resources,
 
 
 def detect(
-    work_dir: Path, environment: Mapping[str, str] | None = None, roots: Roots | None = None
+    work_dir: Path, environment: Mapping[str, str] | None = None, root: Path = Path("/")
 ) -> DetectedMachine:
     """All there is, for a process with ``environment``. ``work_dir`` need not exist; what the slice cache in
-    it holds counts as free, as it is deleted for other data. Blocks for some milliseconds.
+    it holds counts as free, as it is deleted for other data. The kernel describes itself below ``root``.
+    Blocks for some milliseconds.
     """
-    roots = roots or Roots()
-    cpu, cpu_by = _least([_cores(), *_cpu_limits(roots)])
-    memory, memory_by = _least([_memory(roots), *_memory_limits(roots)])
-    free, held = free_bytes(existing(work_dir)), _held_bytes(work_dir / "cache")
+    cpu, cpu_by = min([_cores(), *_cpu_limits(root)], key=itemgetter(0))
+    memory, memory_by = min([_memory(root), *_memory_limits(root)], key=itemgetter(0))
+    free, held = free_bytes(existing(work_dir)), disk_usage([work_dir / "cache"])
     cached = f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
     return DetectedMachine(
         cpu=cpu,
@@ -126,19 +117,14 @@ def detect(
         memory_by=memory_by,
         storage=(free + held) / GB,
         storage_by=f"free in work_dir{cached}",
-        gpus=find_gpus(environment or {}, roots.proc, roots.sys, memory),
+        gpus=find_gpus(environment or {}, root, memory),
     )
 
 
 def usable_cores() -> tuple[int, ...]:
-    """Numbers of the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
-
-
-def _least(found: list[tuple[float, str]]) -> tuple[float, str]:
-    return min(found, key=lambda one: one[0])
 
 
 def _cores() -> tuple[float, str]:
@@ -148,28 +134,18 @@ def _cores() -> tuple[float, str]:
     return float(cores), "all of this machine"
 
 
-def _memory(roots: Roots) -> tuple[float, str]:
+def _memory(root: Path) -> tuple[float, str]:
     with contextlib.suppress(OSError, ValueError):
-        for line in (roots.proc / "meminfo").read_text().splitlines():
+        for line in (root / "proc" / "meminfo").read_text().splitlines():
             name, _, amount = line.partition(":")
             if name == "MemTotal":
                 return int(amount.split()[0]) * 1024.0, "all of this machine"
     return float(psutil.virtual_memory().total), "all of this machine"
 
 
-def _held_bytes(cache: Path) -> int:
-    """Of the files in it, which other names (links of jobs) do not make more."""
-    held = 0
-    with contextlib.suppress(OSError), os.scandir(cache) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                held += entry.stat(follow_symlinks=False).st_blocks * 512
-    return held
-
-
-def _cpu_limits(roots: Roots) -> Iterator[tuple[float, str]]:
+def _cpu_limits(root: Path) -> Iterator[tuple[float, str]]:
     """Cores that a quota allows: of cgroup v2 (``cpu.max``) and v1."""
-    for group in _chain(roots, "cpu"):
+    for group in _chain(root, "cpu"):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = (group / "cpu.max").read_text().split()
             yield int(quota) / int(period), "a quota of this process's cgroup (v2)"
@@ -180,31 +156,32 @@ def _cpu_limits(roots: Roots) -> Iterator[tuple[float, str]]:
                 yield quota_us / period_us, "a quota of this process's cgroup (v1)"
 
 
-def _memory_limits(roots: Roots) -> Iterator[tuple[float, str]]:
+def _memory_limits(root: Path) -> Iterator[tuple[float, str]]:
     """Bytes; v1 writes a huge number where there is no limit."""
-    for group in _chain(roots, "memory"):
+    for group in _chain(root, "memory"):
         for name, version in (("memory.max", "v2"), ("memory.limit_in_bytes", "v1")):
             with contextlib.suppress(OSError, ValueError):
                 limit = float(int((group / name).read_text()))
                 yield limit, f"the limit of this process's cgroup ({version})"
 
 
-def _chain(roots: Roots, controller: str) -> Iterator[Path]:
+def _chain(root: Path, controller: str) -> Iterator[Path]:
     """Directories of the control groups that this process is in, and of those above them."""
     try:
-        lines = (roots.proc / "self" / "cgroup").read_text().splitlines()
+        lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return
+    cgroups = root / "sys" / "fs" / "cgroup"
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0" and not controllers:
-            root = roots.cgroups
+            top = cgroups
         elif controller in controllers.split(","):
-            root = roots.cgroups / controller
+            top = cgroups / controller
         else:
             continue
-        place = root / path.lstrip("/")
-        while place != root and root in place.parents:
+        place = top / path.lstrip("/")
+        while place != top and top in place.parents:
             yield place
             place = place.parent
-        yield root
+        yield top

@@ -12,19 +12,21 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from hypha.errors import ConfigError, Problem
 from hypha.messages import Resources
-from hypha.worker.limits.cgroups import GB, Bounds, CgroupPlaces, counted, make_groups, remove_group
-from hypha.worker.limits.cores import CorePins
-from hypha.worker.limits.devices import Visibility
-from hypha.worker.limits.gpus import VISIBLE, Gpu
-from hypha.worker.limits.quotas import ProjectQuotas, Volume
-from hypha.worker.limits.usage import LOOK_S, Excess, Quota, excess
+from hypha.runtime import is_simulated
+from hypha.telemetry.instruments import LIMITS_EXCEEDED
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.limits.cgroups import GB, CgroupPlaces, counted, make_groups, remove_group
+from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, gpu_environment
+from hypha.worker.limits.quotas import ProjectQuotas
+from hypha.worker.limits.usage import LOOK_S, CorePins, Excess, Quota, excess, keep_within
+from hypha.worker.processes.keepers import Launch
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +60,6 @@ class Limits:
     rlimits: tuple[tuple[str, int], ...] = ()
     cores: tuple[int, ...] = ()
     quota: Quota = field(default_factory=Quota)
-    #: by a cgroup; 0: none
-    processes: int = 0
     pins: CorePins | None = None
     #: the file system's own quota, and its number there
     project: tuple[ProjectQuotas, int] | None = None
@@ -102,12 +102,7 @@ class Limits:
                 )
         return None
 
-    def verdict(self) -> str:
-        """What :meth:`denied` says; empty when nothing was."""
-        return "" if (found := self.denied()) is None else found.message
-
     async def remove(self) -> None:
-        """Delete the cgroups, give back the cores."""
         if self.pins is not None:
             self.pins.release(self.cores)
         if self.project is not None:
@@ -115,12 +110,6 @@ class Limits:
             quotas.release(number)
         for group in self.groups:
             await remove_group(group)
-
-
-def _threads(resources: Resources) -> dict[str, str]:
-    if not resources.cpu:
-        return {}
-    return thread_environment(max(1, math.floor(resources.cpu)))
 
 
 def thread_environment(count: int) -> dict[str, str]:
@@ -150,19 +139,16 @@ def most_processes(cpu: float, wanted: int | None) -> int:
     return max(DEFAULT_PROCESSES, PROCESSES_A_CORE * math.ceil(cpu))
 
 
-def mechanisms(
-    mode: Mode,
-    places: CgroupPlaces,
-    gpus: Sequence[Gpu] = (),
-    cache_gb: float = 0.0,
-    volume: Volume | None = None,
-) -> dict[str, str]:
+def mechanisms(means: Means, cache_gb: float) -> dict[str, str]:
     """By what each resource is enforced on this machine, in words."""
+    mode, gpus = means.mode, means.gpus
+    gpu = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's") if gpus else "there are none"
+    cache = f"the worker lets go of slices at {cache_gb:g} GB"
     if mode == "none":
         nothing = 'not enforced: limits = "none"'
         return dict.fromkeys(("memory", "cores", "processes", "disk"), nothing) | {
-            "gpus": _gpu_mechanism(gpus, capped=False),
-            "cache": f"the worker lets go of slices at {cache_gb:g} GB",
+            "gpus": gpu,
+            "cache": cache,
         }
     watched = f"watched by the worker every {LOOK_S:g} s"
     without = {
@@ -172,7 +158,7 @@ def mechanisms(
     }
     found = {
         controller: without[controller]
-        if mode == "rlimit" or (version := places.version(controller)) is None
+        if mode == "rlimit" or (version := means.cgroups.version(controller)) is None
         else f"cgroup {version} ({_FILES[controller, version]})"
         for controller in ("memory", "cpu", "pids")
     }
@@ -180,17 +166,10 @@ def mechanisms(
         "memory": found["memory"],
         "cores": found["cpu"],
         "processes": found["pids"],
-        "gpus": _gpu_mechanism(gpus, capped=True),
-        "disk": f"project quota ({volume.kind})" if volume is not None else watched,
-        "cache": f"the worker lets go of slices at {cache_gb:g} GB",
+        "gpus": f"{gpu}; memory by the cap of torch" if gpus else gpu,
+        "disk": watched if means.quotas is None else f"project quota ({means.quotas.volume.kind})",
+        "cache": cache,
     }
-
-
-def _gpu_mechanism(gpus: Sequence[Gpu], capped: bool) -> str:
-    if not gpus:
-        return "there are none"
-    shown = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's")
-    return f"{shown}; memory by the cap of torch" if capped else shown
 
 
 def _bound(
@@ -215,7 +194,7 @@ class Means:
     mode: Mode = "auto"
     cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
     max_processes: int | None = None
-    gpus: Visibility = field(default_factory=Visibility)
+    gpus: tuple[Gpu, ...] = ()
     cores: CorePins | None = None
     quotas: ProjectQuotas | None = None
 
@@ -232,18 +211,17 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     if mode == "cgroup" and not suffice(places):
         raise no_cgroups()
     processes = most_processes(resources.cpu, means.max_processes)
-    groups: tuple[Path, ...] = ()
-    if mode != "rlimit" and places:
-        try:
-            groups = make_groups(places, name, Bounds(resources.memory, resources.cpu, processes))
-        except OSError as exc:
-            if mode == "cgroup":
-                raise no_cgroups() from exc
-            logger.warning("Cannot make cgroup %s: %s", name, exc)
-            places = CgroupPlaces()
-    else:
+    if mode == "rlimit":
         places = CgroupPlaces()
-    limits = Limits("", _threads(resources), groups)
+    try:
+        groups = make_groups(places, name, resources, processes)
+    except OSError as exc:
+        if mode == "cgroup":
+            raise no_cgroups() from exc
+        logger.warning("Cannot make cgroup %s: %s", name, exc)
+        groups, places = (), CgroupPlaces()
+    threads = thread_environment(max(1, math.floor(resources.cpu))) if resources.cpu else {}
+    limits = Limits("", threads, groups)
     parts: list[str] = []
     if resources.memory:
         if version := places.version("memory"):
@@ -263,7 +241,6 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     watched = 0
     if processes:
         if version := places.version("pids"):
-            limits.processes = processes
             parts.append(f"{processes} processes by cgroup {version}")
         elif _LINUX:
             watched = processes
@@ -275,3 +252,54 @@ def apply_limits(means: Means, name: str, resources: Resources, directories: Seq
     limits.quota = Quota(int(resources.storage * GB), watched)
     limits.description = ", ".join(parts) or "no limits: the lease reserves nothing that can be enforced"
     return limits
+
+
+class Confined:
+    """Everything that holds one executor to its lease of ``resources``, with ``gpus`` and ``directory``: made
+    before it starts; its :attr:`limits`, whose cgroups are called ``name``, are removed when it has ended.
+    :attr:`excess` tells what it was ended, or denied something, for. Raises :class:`ConfigError` when the
+    configuration insists on cgroups and there are none.
+    """
+
+    def __init__(
+        self, means: Means, name: str, resources: Resources, gpus: GpuShare, directory: JobDirectory
+    ) -> None:
+        self.limits = apply_limits(means, name, resources, directory.bounded)
+        self._means = means
+        self._gpus = gpus
+        self._directory = directory
+        self._keeper: int | None = None
+        self.excess: Excess | None = None
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """``inherited``, and what tells the executor how much it has."""
+        capped = self._means.mode != "none"
+        return gpu_environment(self._means.gpus, self._gpus, inherited, capped) | self.limits.environment
+
+    def launch(self, launch: Launch) -> Launch:
+        """``launch``, whose keeper applies the kernel's part."""
+        return replace(
+            launch,
+            keeper_options=(*launch.keeper_options, *self.limits.launch_options()),
+            on_start=self._started,
+        )
+
+    def _started(self, keeper: int) -> None:
+        self._keeper = keeper
+
+    async def watch(self, exceeded: Callable[[Excess], None]) -> None:
+        """Look at what no kernel bounds, and report when it is too much; no simulated executor has that."""
+        if is_simulated():
+            return
+        places, shared = self._directory.occupied, self._directory.part("slices")
+        found = await keep_within(self.limits.quota, places, shared, lambda: self._keeper)
+        if found is not None:
+            self.excess = found
+            exceeded(found)
+
+    def judge(self, failed: bool) -> None:
+        """It has ended; where it ``failed``, nobody knows why: was it denied something? Counts excesses."""
+        if self.excess is None and failed:
+            self.excess = self.limits.denied()
+        if self.excess is not None:
+            LIMITS_EXCEEDED.add(resource=self.excess.resource)

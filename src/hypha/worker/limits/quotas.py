@@ -15,10 +15,11 @@ import logging
 import os
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hypha.beneath import directory_below
 from hypha.runtime import chance
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,6 @@ class ProjectQuotas:
         return project
 
     def used_bytes(self, project: int) -> int:
-        """What it takes now."""
         return self._read(project)[2]
 
     def release(self, project: int) -> None:
@@ -118,36 +118,17 @@ class ProjectQuotas:
         return buffer.raw
 
 
-def project_of(directory: Path) -> int:
-    """The number of the project that ``directory`` belongs to; 0: none. Raises OSError."""
-    return _attributes(directory)[3]
-
-
 def set_project(directory: Path, project: int) -> None:
     """``directory``, and what comes into it from now on, belong to ``project``; what is in it already does
     not. Raises OSError.
     """
-    with _opened(directory) as descriptor:
+    with directory_below(directory) as descriptor:
         flags, extent, extents, _, copies = _ATTRIBUTES.unpack(_ioctl(descriptor, _GET_ATTRIBUTES))
         changed = _ATTRIBUTES.pack(flags | _INHERIT, extent, extents, project, copies)
         _ioctl(descriptor, _SET_ATTRIBUTES, changed)
         flags, _, _, found, _ = _ATTRIBUTES.unpack(_ioctl(descriptor, _GET_ATTRIBUTES))
     if found != project or not flags & _INHERIT:
         raise OSError(f"{directory} does not belong to project {project} although that was set")
-
-
-def _attributes(directory: Path) -> tuple[int, ...]:
-    with _opened(directory) as descriptor:
-        return _ATTRIBUTES.unpack(_ioctl(descriptor, _GET_ATTRIBUTES))
-
-
-@contextlib.contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _ioctl(descriptor: int, request: int, content: bytes = b"\0" * _ATTRIBUTES.size) -> bytes:

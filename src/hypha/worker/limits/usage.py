@@ -1,5 +1,6 @@
-"""What an executor uses of what no kernel holds it to: files in its job directory, and processes where there
-is no cgroup for them. The worker looks once a second; whoever has more than it may is to be killed.
+"""What an executor uses of what no kernel holds it to: files in its job directory, and cores and processes
+where there is no cgroup for them. It is pinned to some cores (:class:`CorePins`). The worker looks at the
+rest once a second; whoever has more than it may is to be killed.
 
 A look takes as long as there are files to look at, in a thread. Slices in the worker's cache, which a job
 directory holds links to, count nowhere: the cache bounds them. Nor do files that an executor has deleted and
@@ -9,9 +10,13 @@ still holds open.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import logging
+import math
 import os
 import stat
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,11 +26,15 @@ import trio
 from hypha.keeper import descendants
 from hypha.runtime import in_thread
 
+logger = logging.getLogger(__name__)
+
 GB = 10**9
 #: between two looks
 LOOK_S = 1.0
 #: of the disk, as the kernel counts it
 _BLOCK_BYTES = 512
+#: so many executors share a core at most before nobody counts any more
+_MOST_USERS = 64
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,9 @@ def count_tasks(keeper: int) -> int:
 
 
 async def keep_within(
-    quota: Quota,
-    places: tuple[Path, ...],
-    shared: Path,
-    keeper: Callable[[], int | None],
-    exceeded: Callable[[Excess], None],
-) -> None:
-    """Look until ``quota`` is exceeded, and report that once. ``keeper`` gives the process to look below,
+    quota: Quota, places: tuple[Path, ...], shared: Path, keeper: Callable[[], int | None]
+) -> Excess | None:
+    """Look until ``quota`` is exceeded; None where there is none. ``keeper`` gives the process to look below,
     once there is one.
     """
     while quota:
@@ -121,5 +126,73 @@ async def keep_within(
         if quota.processes and pid is not None:
             tasks = await in_thread(count_tasks, pid, abandon_on_cancel=True)
         if (found := excess(quota, disk, tasks)) is not None:
-            exceeded(found)
-            return
+            return found
+    return None
+
+
+class CorePins:
+    """Hands out ``cores``, those with the fewest users first. ``directory`` is made, and must belong to this
+    user alone.
+
+    The workers of one user and machine know nothing of each other, so each core's users are counted by locks
+    on files in it that all of them see: the first user of a core holds its file 0, the second its file 1. A
+    lock ends with the process that holds it, whatever became of that.
+    """
+
+    def __init__(self, cores: Sequence[int], directory: Path | None = None) -> None:
+        self._cores = tuple(cores)
+        self._directory = directory or Path(tempfile.gettempdir()) / f"hypha-cores-{os.getuid()}"
+        #: cores that were handed out -> their locks
+        self._held: dict[tuple[int, ...], list[list[int]]] = {}
+
+    def pin(self, cpu: float) -> tuple[int, ...]:
+        """As many cores as ``cpu`` needs, for :meth:`release` at the end; none where that would be all."""
+        count = max(1, math.ceil(cpu - 1e-9))
+        if count >= len(self._cores) or not self._prepared():
+            return ()
+        locks: dict[int, int] = {}
+        for slot in range(_MOST_USERS):
+            for core in self._cores:
+                if len(locks) == count:
+                    break
+                if core not in locks and (lock := self._lock(core, slot)) is not None:
+                    locks[core] = lock
+        chosen = tuple(sorted(locks))
+        if chosen:
+            self._held.setdefault(chosen, []).append(list(locks.values()))
+        return chosen
+
+    def release(self, cores: tuple[int, ...]) -> None:
+        if cores in self._held:
+            for lock in self._held[cores].pop():
+                os.close(lock)
+            if not self._held[cores]:
+                del self._held[cores]
+
+    def _prepared(self) -> bool:
+        try:
+            self._directory.mkdir(mode=0o700, exist_ok=True)
+            about = self._directory.lstat()
+        except OSError as exc:
+            logger.debug("Executors are pinned to no cores: %s", exc)
+            return False
+        return (
+            stat.S_ISDIR(about.st_mode)
+            and about.st_uid == os.getuid()
+            and not stat.S_IMODE(about.st_mode) & 0o022
+        )
+
+    def _lock(self, core: int, slot: int) -> int | None:
+        with contextlib.suppress(OSError):
+            lock = os.open(
+                self._directory / f"{core}.{slot}",
+                os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW,
+                0o600,
+            )
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+            else:
+                return lock
+        return None

@@ -23,7 +23,7 @@ from pathlib import Path
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.errors import ConfigError, HyphaError, Problem
 from hypha.worker.jobs.directory import READ_PARTS, JobDirectory
-from hypha.worker.limits.devices import sees_no_gpu
+from hypha.worker.limits.gpus import sees_no_gpu
 from hypha.worker.processes.keepers import KEEPER, Launch
 
 BUBBLEWRAP = "bwrap"

@@ -1,28 +1,35 @@
 """The keeper of one executor as its worker sees it: started with the executor, or forked by a host.
 
 Both are used alike. A keeper's process group is that of its executor, its output theirs; it runs as long as
-anything of the executor does, and ends as the executor did.
+anything of the executor does, and ends as the executor did. :class:`Orphans` are what is left where it was
+killed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
 from hypha import keeper
 from hypha.messages import ExecutorClass
 
+logger = logging.getLogger("hypha.worker.executor")
+
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.
 KILLED_WITHIN_S = 2.0
+#: A keeper whose host has ended takes so long to end when it has reported.
+_ENDING_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,69 +61,63 @@ class Launch:
     on_start: Callable[[int], None] | None = None
 
 
-class Keeper(Protocol):
-    """A running keeper."""
+class Keeper(ABC):
+    """A running keeper, which holds ``lifeline``; ``output`` is what the executor and its children write."""
 
-    @property
-    def pid(self) -> int:
-        """Its PID, and that of its process group."""
+    #: that of its process group, too
+    pid: int
 
-    @property
-    def output(self) -> trio.abc.ReceiveStream:
-        """What the executor and its children write."""
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code, negative: the signal that killed it; None while it runs."""
-
-    async def wait(self) -> None:
-        """Until it has ended."""
-
-    async def cut_lifeline(self) -> None:
-        """Let it kill everything below it, and end."""
-
-    def signal_group(self, number: signal.Signals) -> None:
-        """To itself, its executor and who stayed in its group; nothing happens once it has ended."""
-
-    async def aclose(self) -> None:
-        """Once it has ended: let go of pipes."""
-
-
-class StartedKeeper:
-    """One that is a child process of the worker."""
-
-    def __init__(self, process: trio.Process, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream):
-        self._process = process
+    def __init__(self, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream) -> None:
         self._lifeline = lifeline
         self.output = output
 
     @property
-    def pid(self) -> int:
-        """See :class:`Keeper`."""
-        return self._process.pid
+    @abstractmethod
+    def code(self) -> int | None:
+        """Its exit code, negative: the signal that killed it; None while it runs."""
+
+    @abstractmethod
+    async def wait(self) -> None:
+        """Until it has ended."""
+
+    async def end(self) -> None:
+        """Cut the lifeline: it kills everything below it, and ends. If it does not, kill its group."""
+        if self.code is not None:
+            return
+        await self._lifeline.aclose()
+        # a keeper that somebody stopped could not keep its promise
+        self.signal_group(signal.SIGCONT)
+        with trio.move_on_after(KILLED_WITHIN_S):
+            await self.wait()
+            return
+        self.signal_group(signal.SIGKILL)
+        with trio.move_on_after(KILLED_WITHIN_S):
+            await self.wait()
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """To itself, its executor and who stayed in its group; nothing happens once it has ended."""
+        if self.code is None and self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    async def aclose(self) -> None:
+        """Once it has ended: let go of pipes."""
+        await self._lifeline.aclose()
+        await self.output.aclose()
+
+
+class StartedKeeper(Keeper):
+    def __init__(self, process: trio.Process, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream):
+        super().__init__(lifeline, output)
+        self._process = process
+        self.pid = process.pid
 
     @property
     def code(self) -> int | None:
-        """See :class:`Keeper`."""
         return self._process.poll()
 
     async def wait(self) -> None:
-        """See :class:`Keeper`."""
         await self._process.wait()
-
-    async def cut_lifeline(self) -> None:
-        """See :class:`Keeper`."""
-        await self._lifeline.aclose()
-
-    def signal_group(self, number: signal.Signals) -> None:
-        """See :class:`Keeper`."""
-        if self._process.poll() is None:
-            signal_group(self.pid, number)
-
-    async def aclose(self) -> None:
-        """See :class:`Keeper`."""
-        await self._lifeline.aclose()
-        await self.output.aclose()
 
 
 async def start_keeper(launch: Launch) -> StartedKeeper:
@@ -135,24 +136,52 @@ async def start_keeper(launch: Launch) -> StartedKeeper:
     return StartedKeeper(process, process.stdin, process.stdout)
 
 
-async def end_keeper(keeper: Keeper) -> None:
-    """Cut the lifeline: the keeper kills everything below it. If it does not, kill its group."""
-    if keeper.code is not None:
-        return
-    await keeper.cut_lifeline()
-    # a keeper that somebody stopped could not keep its promise
-    keeper.signal_group(signal.SIGCONT)
-    with trio.move_on_after(KILLED_WITHIN_S):
-        await keeper.wait()
-        return
-    keeper.signal_group(signal.SIGKILL)
-    with trio.move_on_after(KILLED_WITHIN_S):
-        await keeper.wait()
+class Orphans:
+    """What is left of an executor whose keeper was killed: adopted by the worker, found, and ended.
 
+    An executor runs as the worker's user, so it can kill its keeper, and children of it that have left its
+    session would run on as nobody's. As the worker is a child subreaper (prctl(2)), the kernel makes them the
+    worker's children. Whatever the worker starts itself shares its session, or is among ``known``, the PIDs
+    of keepers and hosts that run now: any other child is one of these. One is registered there while
+    ``starting`` is held, so that it is never taken for an orphan.
+    """
 
-def signal_group(group: int, number: signal.Signals) -> None:
-    """Nothing happens when it is gone."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return
+    def __init__(self, known: Callable[[], Collection[int]]) -> None:
+        self._known = known
+        self.starting = trio.Lock()
+
+    def adopt(self) -> None:
+        """From now on this process adopts them. Raises OSError."""
+        keeper.become_subreaper()
+
+    async def end(self) -> None:
+        """Kill those that there are, with all below them, and wait until they are gone."""
+        async with self.starting:
+            ended: set[int] = set()
+            if self._reap():
+                # a keeper whose host has ended is our child, too, and about to end when it reports that
+                await trio.sleep(_ENDING_S)
+            with trio.move_on_after(KILLED_WITHIN_S):
+                while found := self._reap():
+                    ended.update(found)
+                    for pid in (*found, *(below for one in found for below in keeper.descendants(one))):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    await trio.sleep(0.01)
+        if ended:
+            logger.warning(
+                "An executor's keeper was killed; processes %s, which it left behind, were ended.",
+                ", ".join(map(str, sorted(ended))),
+            )
+
+    def _reap(self) -> list[int]:
+        """Those that there are, without those that have ended."""
+        known, session = frozenset(self._known()), os.getsid(0)
+        found = []
+        for pid in keeper.children(os.getpid()):
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                if pid in known or os.getsid(pid) == session:
+                    continue
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    found.append(pid)
+        return found

@@ -24,15 +24,7 @@ from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Refere
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
-from hypha.worker.processes.keepers import (
-    KILLED_WITHIN_S,
-    Keeper,
-    Launch,
-    OwnExecutor,
-    end_keeper,
-    start_keeper,
-)
-from hypha.worker.processes.orphans import Orphans
+from hypha.worker.processes.keepers import KILLED_WITHIN_S, Keeper, Launch, Orphans, OwnExecutor, start_keeper
 from hypha.worker.processes.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
@@ -144,7 +136,6 @@ def prepare_launch(
 
 
 def _torch_only(job: Job) -> bool:
-    """Does it do without transformers?"""
     return job.model.task == "torch" and job.preprocessor is None
 
 
@@ -208,9 +199,8 @@ async def run_executor(
     *,
     kill: trio.Event | None = None,
     supervision: Supervision | None = None,
-    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> Exit:
-    """Run it until it ends; ``task_status`` gives the process group.
+    """Run it until it ends.
 
     Once ``stop`` is set its group gets SIGTERM, and all that is left after ``grace_s`` SIGKILL. When ``kill``
     is set, or this is cancelled, it is killed at once, and gone when this returns.
@@ -236,7 +226,7 @@ async def run_executor(
     if launch.on_start is not None:
         launch.on_start(keeper.pid)
     try:
-        return await _attend(keeper, launch, stop, grace_s, kill, task_status)
+        return await _attend(keeper, launch, stop, grace_s, kill)
     finally:
         running.pop(keeper.pid, None)
         if orphans is not None:
@@ -245,12 +235,7 @@ async def run_executor(
 
 
 async def _attend(
-    keeper: Keeper,
-    launch: Launch,
-    stop: trio.Event,
-    grace_s: float,
-    kill: trio.Event | None,
-    task_status: trio.TaskStatus[int],
+    keeper: Keeper, launch: Launch, stop: trio.Event, grace_s: float, kill: trio.Event | None
 ) -> Exit:
     output = _Output(launch.output_fields or (lambda: {"job_id": launch.job_id}), launch.secrets)
     drained = trio.Event()
@@ -262,11 +247,11 @@ async def _attend(
         stopped = True
         keeper.signal_group(signal.SIGTERM)
         await trio.sleep(grace_s)
-        await end_keeper(keeper)
+        await keeper.end()
 
     async def kill_when_set(asked: trio.Event) -> None:
         await asked.wait()
-        await end_keeper(keeper)
+        await keeper.end()
 
     async def read() -> None:
         async for data in keeper.output:
@@ -279,7 +264,6 @@ async def _attend(
             if kill is not None:
                 nursery.start_soon(kill_when_set, kill)
             nursery.start_soon(read)
-            task_status.started(keeper.pid)
             await keeper.wait()
             # Everybody who had the pipe is dead, so this only empties it.
             with trio.move_on_after(KILLED_WITHIN_S):
@@ -287,7 +271,7 @@ async def _attend(
             nursery.cancel_scope.cancel()
     finally:
         with trio.CancelScope(shield=True):
-            await end_keeper(keeper)
+            await keeper.end()
             await keeper.aclose()
     code = -signal.SIGKILL if keeper.code is None else keeper.code
     if launch.isolated and code > SIGNALLED:

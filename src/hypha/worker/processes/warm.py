@@ -20,10 +20,10 @@ import socket
 import struct
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import trio
@@ -35,7 +35,7 @@ from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
 from hypha.naming import cleaned
-from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Launch, OwnExecutor, signal_group
+from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, OwnExecutor
 
 logger = logging.getLogger("hypha.worker.executor")
 
@@ -55,19 +55,17 @@ class HostUnusable(HyphaError):
     """An executor host does not answer, or cannot be reached."""
 
 
-class ForkedKeeper:
-    """A keeper that a host has forked (:class:`~hypha.worker.processes.keepers.Keeper`); ``reports`` is its
-    connection.
-    """
+class ForkedKeeper(Keeper):
+    """A keeper that a host has forked, or is to; ``reports`` is its connection."""
+
+    pid = 0
+    code: int | None = None
 
     def __init__(self, reports: trio.socket.SocketType, lifeline: int, output: int) -> None:
+        super().__init__(trio.lowlevel.FdStream(lifeline), trio.lowlevel.FdStream(output))
         self._reports = reports
-        self._lifeline = trio.lowlevel.FdStream(lifeline)
         self._reading = trio.Lock()
         self._ended = False
-        self.output = trio.lowlevel.FdStream(output)
-        self.pid = 0
-        self.code: int | None = None
 
     async def forked(self) -> None:
         """Until it runs. Raises :class:`HostUnusable` when the host has ended, and :class:`_Refused`."""
@@ -81,7 +79,6 @@ class ForkedKeeper:
                 raise HostUnusable("the host ended while it was asked")
 
     async def wait(self) -> None:
-        """Until it has ended, and closed its connection."""
         async with self._reading:
             while not self._ended:
                 match await self._receive():
@@ -98,7 +95,7 @@ class ForkedKeeper:
         """Nobody wants it any more; once this returns it is gone. If it was asked for and the host does not
         look, it will not be forked, as the host sees that nobody waits for it.
         """
-        await self.cut_lifeline()
+        await self._lifeline.aclose()
         if asked:
             with trio.move_on_after(KILLED_WITHIN_S):
                 await self.wait()
@@ -116,19 +113,8 @@ class ForkedKeeper:
             logger.error("A reply of the executor host cannot be read: %s", exc)
             return None
 
-    async def cut_lifeline(self) -> None:
-        """See :class:`~hypha.worker.processes.keepers.Keeper`."""
-        await self._lifeline.aclose()
-
-    def signal_group(self, number: signal.Signals) -> None:
-        """See :class:`~hypha.worker.processes.keepers.Keeper`."""
-        if self.code is None and self.pid:
-            signal_group(self.pid, number)
-
     async def aclose(self) -> None:
-        """See :class:`~hypha.worker.processes.keepers.Keeper`."""
-        await self._lifeline.aclose()
-        await self.output.aclose()
+        await super().aclose()
         self._reports.close()
 
 
@@ -136,19 +122,8 @@ class _Refused(Exception):
     """A host would not make the same executor; the message says why."""
 
 
-class ExecutorHost(Protocol):
+class ExecutorHost(ABC):
     """Forks executors."""
-
-    @property
-    def pid(self) -> int | None:
-        """Of a host that is this process's child, while it runs."""
-
-    async def fork(self, launch: Launch) -> ForkedKeeper | None:
-        """A running keeper; None: start it without a host. Cancelled, nothing is left of it."""
-
-
-class _Host:
-    """What a worker's own host and a shared one have in common."""
 
     def __init__(self) -> None:
         #: logged already that executors are started without it
@@ -156,11 +131,11 @@ class _Host:
 
     @property
     def pid(self) -> int | None:
-        """See :class:`ExecutorHost`."""
+        """Of a host that is this process's child, while it runs."""
         return None
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
-        """See :class:`ExecutorHost`."""
+        """A running keeper; None: start it without a host. Cancelled, nothing is left of it."""
         if launch.own is None:
             return None
         fields = {"job_id": launch.job_id}
@@ -212,14 +187,14 @@ class _Host:
                     await keeper.abandon(asked)
                 raise
 
-    @contextmanager
-    def _control(self) -> Iterator[socket.socket]:
+    @abstractmethod
+    def _control(self) -> AbstractContextManager[socket.socket]:
         """A connection for one request. Raises OSError and :class:`HostUnusable`."""
-        raise NotImplementedError
 
-    def _patience_s(self) -> float:
-        raise NotImplementedError
+    @abstractmethod
+    def _patience_s(self) -> float: ...
 
+    @abstractmethod
     def _silent(self) -> None:
         """It did not answer."""
 
@@ -238,7 +213,7 @@ def _channels() -> Iterator[tuple[ForkedKeeper, list[int]]]:
             os.close(descriptor)
 
 
-class SharedHost(_Host):
+class SharedHost(ExecutorHost):
     """One that somebody else has started, listening at ``path``."""
 
     def __init__(self, path: Path) -> None:
@@ -268,7 +243,7 @@ class SharedHost(_Host):
         self._silent_until = trio.current_time() + LONGEST_PAUSE_S
 
 
-class OwnHost(_Host):
+class OwnHost(ExecutorHost):
     """A worker's own, with ``environment``: :meth:`run` starts it, and again when it has ended."""
 
     def __init__(self, environment: Mapping[str, str], starting: trio.Lock | None = None) -> None:
@@ -284,7 +259,6 @@ class OwnHost(_Host):
 
     @property
     def pid(self) -> int | None:
-        """Of its process, while there is one."""
         return None if self._process is None else self._process.pid
 
     @contextmanager

@@ -56,7 +56,6 @@ class SliceCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all entries."""
         return sum(entry.size for entry in self._entries.values())
 
     def cached(self, dataset: str) -> tuple[int, ...]:
@@ -64,7 +63,6 @@ class SliceCache:
         return tuple(sorted(entry.index for entry in self._entries.values() if entry.dataset == dataset))
 
     def datasets(self) -> frozenset[str]:
-        """Datasets of which something is here."""
         return frozenset(entry.dataset for entry in self._entries.values())
 
     def incoming(self, assigned: SliceAssigned) -> Path:

@@ -41,13 +41,13 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net.bulk.files import hash_file
+from hypha.node import Transfers
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
 from hypha.tracing import span
 from hypha.tracing.operations import FETCH_SLICE
 from hypha.tracing.spans import Attribute
 from hypha.waiting import Reminder, in_words
-from hypha.worker.fetch.connectors import Pull
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck
 
@@ -96,20 +96,18 @@ class SliceDemand:
 
 
 class SlicePrefetcher:
-    """Meets ``demand``; ``ask`` sends a request to the job's scheduler. What ``manifest`` does not know is
-    not used.
-    """
+    """Meets ``demand``; ``ask`` asks the job's scheduler. What ``manifest`` does not know is not used."""
 
     def __init__(
         self,
         ask: Callable[[Request], Awaitable[Response]],
-        pull: Pull,
+        transfers: Transfers,
         cache: SliceCache,
         demand: SliceDemand,
         manifest: ManifestCheck | None = None,
     ) -> None:
         self._ask = ask
-        self._pull = pull
+        self._transfers = transfers
         self._cache = cache
         self._demand = demand
         self._manifest = manifest
@@ -132,7 +130,6 @@ class SlicePrefetcher:
         self._pending = demand.stamp()
 
     async def run(self) -> None:
-        """Prefetch until cancelled."""
         while True:
             while not self._wants_more():
                 await self._changed.wait()
@@ -296,7 +293,14 @@ class SlicePrefetcher:
 
     async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
         """Put the slice at ``path`` if it is here, and still what was pulled."""
-        hit = await self._find_cached(assigned, path)
+        hit = self._cache.link(assigned, path)
+        if hit:
+            # to its end, so that a link is never forgotten
+            with trio.CancelScope(shield=True):
+                found = await in_thread(hash_file, path)
+            if found != (assigned.size, assigned.blake3):
+                self._cache.drop(assigned, path)
+                hit = False
         CACHE_LOOKUPS.add(result="hit" if hit else "miss")
         logger.debug(
             "Slice %d of epoch %d was assigned: %s.",
@@ -307,31 +311,17 @@ class SlicePrefetcher:
         )
         return hit
 
-    async def _find_cached(self, assigned: SliceAssigned, path: Path) -> bool:
-        if not self._cache.link(assigned, path):
-            return False
-        # to its end, so that a link is never forgotten
-        with trio.CancelScope(shield=True):
-            found = await in_thread(hash_file, path)
-        if found == (assigned.size, assigned.blake3):
-            return True
-        self._cache.drop(assigned, path)
-        return False
-
     async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         """Have one of the providers send it, whole; False when none did."""
-        began, status = trio.current_time(), ""
+        began = trio.current_time()
         try:
             pulled = await self._pull_in_turn(assigned, path, patience_s)
-            status = "success" if pulled else "failure"
-            return pulled
         except Exception:
-            status = "failure"
+            FETCH_DURATION.record(trio.current_time() - began, status="failure")
             raise
-        finally:
-            # neither where it was cancelled, which may come as a group
-            if status:
-                FETCH_DURATION.record(trio.current_time() - began, status=status)
+        # not where it was cancelled, which may come as a group
+        FETCH_DURATION.record(trio.current_time() - began, status="success" if pulled else "failure")
+        return pulled
 
     async def _pull_in_turn(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         name = f"{assigned.dataset}/{assigned.index}"
@@ -348,7 +338,7 @@ class SlicePrefetcher:
             }
             began = trio.current_time()
             try:
-                await self._pull(provider, what, incoming, expect, assigned.size, still_s)
+                await self._transfers.pull(provider, what, incoming, expect, assigned.size, still_s)
             except TransferCorrupt as exc:
                 logger.error(
                     "Data node %s sent a corrupt slice %s: %s", provider.peer, name, exc, extra=fields

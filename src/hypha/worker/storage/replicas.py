@@ -54,8 +54,6 @@ class Owner(Struct, frozen=True):
 
 @dataclass
 class _Incoming:
-    """A copy that is on its way."""
-
     index: CheckpointIndex
     arrived: set[str] = field(default_factory=set)
 
@@ -63,20 +61,18 @@ class _Incoming:
 @dataclass
 class _Job:
     owner: Owner
+    path: Path
     used_at: float
     generation: int = 0
     complete: dict[int, CheckpointIndex] = field(default_factory=dict)
     incoming: _Incoming | None = None
 
     @property
-    def size(self) -> int:
-        coming = self.incoming.index.size if self.incoming is not None else 0
-        return coming + sum(index.size for index in self.complete.values())
+    def coming_to(self) -> Path:
+        return self.path / "incoming"
 
-    @property
-    def files(self) -> int:
-        coming = len(self.incoming.index.files) if self.incoming is not None else 0
-        return coming + sum(len(index.files) for index in self.complete.values())
+    def round(self, number: int) -> Path:
+        return self.path / f"round-{number}"
 
 
 class ReplicaStore:
@@ -84,9 +80,11 @@ class ReplicaStore:
 
     def __init__(self, directory: Path, config: StorageConfig) -> None:
         self._directory = directory
-        self._max_bytes = int(config.checkpoints_gb * GB)
+        #: what the owner offers
+        self.max_bytes = int(config.checkpoints_gb * GB)
         self._max_age_s = config.keep_days * _DAY_S
         self._leased: frozenset[str] = frozenset()
+        #: whoever calls a private method holds it
         self._lock = threading.Lock()
         self._jobs: dict[str, _Job] = {}
         if directory.is_dir():
@@ -97,17 +95,7 @@ class ReplicaStore:
     @property
     def used_bytes(self) -> int:
         """Bytes of all copies, those on their way included."""
-        return sum(job.size for job in self._jobs.values())
-
-    @property
-    def _files(self) -> int:
-        """In all copies, those on their way included."""
-        return sum(job.files for job in self._jobs.values())
-
-    @property
-    def max_bytes(self) -> int:
-        """What the owner offers."""
-        return self._max_bytes
+        return sum(index.size for index in self._copies())
 
     @property
     def owners(self) -> frozenset[tuple[str, str]]:
@@ -132,7 +120,7 @@ class ReplicaStore:
                     self._touch(job)
                     self._prune(job, {*request.keep, index.round})
                     return ()
-            if not self._max_bytes:
+            if not self.max_bytes:
                 text = "this worker's owner offers no storage for checkpoints (storage.checkpoints_gb)"
                 raise Refused("not-allowed", text)
             if caller not in leased:
@@ -140,11 +128,9 @@ class ReplicaStore:
             if job is None:
                 job = self._open(Owner(caller, request.job, index.job_id), index)
             job.generation = request.stamp.generation
-            if job.incoming is None or job.incoming.index != index:
-                self._expect(job, index, {*request.keep, index.round})
             incoming = job.incoming
-            if incoming is None:
-                raise Refused("internal", "the copy that was announced is gone")
+            if incoming is None or incoming.index != index:
+                incoming = self._expect(job, index, {*request.keep, index.round})
             missing = tuple(file.name for file in index.files if file.name not in incoming.arrived)
             if not missing:
                 self._complete(job, incoming)
@@ -155,7 +141,7 @@ class ReplicaStore:
         """Where a file of a copy is to be written. :class:`Refused` when nobody announced it."""
         with self._lock:
             job, _, file = self._announced(caller, meta)
-            path = self._incoming(job) / file.name
+            path = job.coming_to / file.name
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._touch(job)
             return path
@@ -189,10 +175,8 @@ class ReplicaStore:
                 for file in job.complete[int(number)].files:
                     if file.name == rest:
                         self._touch(job)
-                        path = self._round(job, int(number)) / file.name
-                        return path, TransferMeta(
-                            kind="checkpoint", name=name, size=file.size, blake3=file.blake3
-                        )
+                        meta = TransferMeta(kind="checkpoint", name=name, size=file.size, blake3=file.blake3)
+                        return job.round(int(number)) / file.name, meta
         raise Refused("not-found", f"there is no copy of the checkpoint file {name} of job {job_id} here")
 
     def drop(self, caller: str, job_id: str) -> None:
@@ -203,16 +187,12 @@ class ReplicaStore:
                 self._owned(job, caller)
                 self._forget(job)
 
-    # --- under the lock -------------------------------------------------------------------------------
-
-    def _path(self, job: _Job) -> Path:
-        return self._directory / job.owner.job_id
-
-    def _round(self, job: _Job, round_: int) -> Path:
-        return self._path(job) / f"round-{round_}"
-
-    def _incoming(self, job: _Job) -> Path:
-        return self._path(job) / "incoming"
+    def _copies(self) -> Iterator[CheckpointIndex]:
+        """Those on their way included."""
+        for job in self._jobs.values():
+            yield from job.complete.values()
+            if job.incoming is not None:
+                yield job.incoming.index
 
     def _owned(self, job: _Job, caller: str) -> None:
         if job.owner.peer != caller:
@@ -232,25 +212,26 @@ class ReplicaStore:
         raise Refused("uninvited", f"nobody announced the checkpoint file {meta.name}")
 
     def _open(self, owner: Owner, index: CheckpointIndex) -> _Job:
-        job = _Job(owner, wall_time())
+        job = _Job(owner, self._directory / owner.job_id, wall_time())
         self._make_space(job, index)
-        self._path(job).mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(self._path(job) / OWNER, encode_json(owner), durable=True)
+        job.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(job.path / OWNER, encode_json(owner), durable=True)
         sync(self._directory)
         self._jobs[owner.job_id] = job
         return job
 
-    def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> None:
+    def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> _Incoming:
         """Make space, and begin; what was on its way before is given up."""
         job.incoming = None
-        shutil.rmtree(self._incoming(job), ignore_errors=True)
+        shutil.rmtree(job.coming_to, ignore_errors=True)
         if any(round_ in keep and round_ != index.round for round_ in job.complete):
             # another content of the same round is of a generation that does not count any more
             self._prune(job, keep - {index.round})
         self._make_space(job, index)
-        self._incoming(job).mkdir(mode=0o700)
+        job.coming_to.mkdir(mode=0o700)
         job.incoming = _Incoming(index)
         self._touch(job)
+        return job.incoming
 
     def _make_space(self, job: _Job, index: CheckpointIndex) -> None:
         """:class:`Refused` when the owner does not offer so much, or somebody else has it."""
@@ -259,22 +240,22 @@ class ReplicaStore:
             # announced by somebody who will not send it any more
             if other.incoming is not None and other is not job and other.owner.peer not in self._leased:
                 other.incoming = None
-                shutil.rmtree(self._incoming(other), ignore_errors=True)
-        if self._files + len(index.files) > MAX_FILES_KEPT:
+                shutil.rmtree(other.coming_to, ignore_errors=True)
+        if sum(len(copy.files) for copy in self._copies()) + len(index.files) > MAX_FILES_KEPT:
             raise Refused("no-space", f"this worker keeps {MAX_FILES_KEPT} files of checkpoints at most")
-        needed, free = index.size, self._max_bytes - self.used_bytes
+        needed, free = index.size, self.max_bytes - self.used_bytes
         if needed > free:
             raise Refused(
                 "no-space",
-                f"a checkpoint of {needed} bytes does not fit: of the {self._max_bytes} bytes that this "
+                f"a checkpoint of {needed} bytes does not fit: of the {self.max_bytes} bytes that this "
                 f"worker's owner offers (storage.checkpoints_gb) {max(0, free)} are free",
             )
 
     def _complete(self, job: _Job, incoming: _Incoming) -> None:
-        index, source = incoming.index, self._incoming(job)
+        index, source = incoming.index, job.coming_to
         write_whole(source / INDEX, encode_json(index), durable=True)
         job.complete.pop(index.round, None)
-        move_directory(source, self._round(job, index.round))
+        move_directory(source, job.round(index.round))
         job.incoming = None
         job.complete[index.round] = index
         self._touch(job)
@@ -288,17 +269,16 @@ class ReplicaStore:
     def _prune(self, job: _Job, keep: set[int]) -> None:
         for round_ in [one for one in job.complete if one not in keep]:
             del job.complete[round_]
-            _remove(self._round(job, round_))
+            _remove(job.round(round_))
 
     def _touch(self, job: _Job) -> None:
         job.used_at = wall_time()
-        os.utime(self._path(job))
+        os.utime(job.path)
 
     def _forget(self, job: _Job) -> None:
         del self._jobs[job.owner.job_id]
-        path = self._path(job)
-        (path / OWNER).unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        (job.path / OWNER).unlink(missing_ok=True)
+        shutil.rmtree(job.path, ignore_errors=True)
 
     def _forget_old(self) -> None:
         for job in list(self._jobs.values()):
@@ -318,7 +298,7 @@ class ReplicaStore:
             logger.warning("%s holds no copies of checkpoints and is deleted: %s", path, exc)
             shutil.rmtree(path, ignore_errors=True)
             return
-        job = _Job(owner, path.stat().st_mtime)
+        job = _Job(owner, path, path.stat().st_mtime)
         for inside in path.iterdir():
             if not inside.is_dir():
                 continue

@@ -42,7 +42,6 @@ class StorageService:
         self._changed = trio.Event()
 
     def answer(self) -> None:
-        """From now on."""
         self._node.answer(HoldCheckpoint, self._hold)
         self._node.answer(DropCheckpoints, self._drop)
         self._node.answer(FindCheckpoints, self._find)

@@ -29,9 +29,9 @@ from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import Ignored, RequestReceived, SendOffer
-from hypha.worker.leasing.vetting import WorkerCapacity
+from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.limits.detecting import DetectedMachine
-from hypha.worker.limits.devices import memory_of_each
+from hypha.worker.limits.gpus import memory_of_each
 
 GB = 10**9
 MB = 10**6
