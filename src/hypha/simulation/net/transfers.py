@@ -60,7 +60,7 @@ class _Inbound:
 
 
 class SimulatedTransfers:
-    """Of one node."""
+    """Of one node; see :class:`hypha.node.Transfers`."""
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
@@ -84,7 +84,6 @@ class SimulatedTransfers:
         self._providers[kind] = provider
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """Take files of ``kind``; the returned function stops that."""
         key = (kind, job_id)
         if key in self._acceptors:
             raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
@@ -104,7 +103,6 @@ class SimulatedTransfers:
     async def send(
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
-        """Send a file; returns when the receiver has verified and acknowledged it."""
         name = peer.peer if isinstance(peer, PeerRef) else peer
         if isinstance(peer, PeerRef):
             self._node.learn(peer)
@@ -224,7 +222,6 @@ class SimulatedTransfers:
         max_bytes: int,
         still_s: float | None = None,
     ) -> TransferMeta:
-        """Have ``peer`` send the file that ``request`` names; what it said of it."""
         name = peer.peer if isinstance(peer, PeerRef) else peer
         if isinstance(peer, PeerRef):
             self._node.learn(peer)
