@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,7 +13,6 @@ import trio
 
 from hypha.journal import JournalEntry
 from hypha.runtime import in_thread
-from hypha.simulation.disks import fill_databases
 from hypha.simulation.process import SimulatedProcess
 from hypha.simulation.scenario import LIES, PHASES, Scenario, Strike, gives_notice
 from hypha.simulation.world import SCHEDULER, Computer, World
@@ -184,16 +186,26 @@ async def _strike_machine(world: World, computer: Computer, fault: Strike, rando
             await _corrupt(world, computer, fault, random)
         case "full-disk":
             computer.full = True
-            fill_databases(computer.directory, True)
+            _fill_databases(computer.directory, True)
             await trio.sleep(fault.for_s)
             computer.full = False
-            fill_databases(computer.directory, False)
+            _fill_databases(computer.directory, False)
         case "slow-disk":
             world.slow_disk(computer, _SLOW_DISK_S)
             await trio.sleep(fault.for_s)
             world.slow_disk(computer, -_SLOW_DISK_S)
         case "clock":
             computer.clock_offset_s += random.choice((-1, 1)) * _CLOCK_S
+
+
+def _fill_databases(directory: Path, full: bool) -> None:
+    """SQLite's own limit of pages stands in for the disk's."""
+    for found in [one for one in gc.get_objects() if type(one) is sqlite3.Connection]:
+        with contextlib.suppress(sqlite3.Error):
+            ((_, _, path),) = found.execute("PRAGMA database_list").fetchall()[:1]
+            if path.startswith(f"{directory}/"):
+                (pages,) = found.execute("PRAGMA page_count").fetchone()
+                found.execute(f"PRAGMA max_page_count = {pages if full else 1 << 30}")
 
 
 def _has_notice(world: World, name: str) -> bool:
