@@ -34,10 +34,7 @@ from hypha.scheduler.leasing.renewal import (
     Renewed,
 )
 from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
-from hypha.worker.leasing.events import (
-    RenewAsked,
-    RequestReceived,
-)
+from hypha.worker.leasing.events import RenewAsked, RequestReceived
 
 
 @dataclass
