@@ -21,7 +21,7 @@ from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.net.bulk.socket_buffers import Buffers
 from hypha.runtime import free_bytes, in_thread
-from hypha.telemetry.versions import versions
+from hypha.telemetry.health import versions
 from hypha.worker.limits.detecting import DetectedMachine, detect
 
 DISK_S = 30.0
