@@ -33,7 +33,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _process: contextvars.ContextVar[SimulatedProcess | None] = contextvars.ContextVar("process", default=None)
-#: coroutines of killed processes: to collect them would run their ``finally`` blocks
+#: coroutines of killed processes, until the real process ends: to collect them would run their ``finally``
 _abandoned: list[Coroutine[Any, Any, Any]] = []
 
 
@@ -216,7 +216,7 @@ class SimulatedProcess:
             child.thaw()
 
     def kill(self) -> None:
-        """As SIGKILL does; its children are gone with it."""
+        """As SIGKILL does, or its own end; its children, and whatever tasks are left, are gone with it."""
         if not self.alive:
             return
         self.alive = self.frozen = False
@@ -233,10 +233,6 @@ class SimulatedProcess:
         for give_up in serving.values():
             give_up(ProcessGone(self.name))
         self._ended()
-
-    def end(self) -> None:
-        """It has come to its end by itself: whatever tasks are left go with it."""
-        self.kill()
 
     def _ended(self) -> None:
         if self.parent is not None:
@@ -285,11 +281,6 @@ def _abandon(task: Task, coro: Coroutine[Any, Any, Any]) -> None:
         coro.close()
     else:
         _abandoned.append(coro)
-
-
-def abandoned() -> int:
-    """How many coroutines of killed processes are kept; they are only freed with the real process."""
-    return len(_abandoned)
 
 
 def forget_generators() -> None:

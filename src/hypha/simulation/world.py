@@ -177,7 +177,7 @@ class World:
         async def main() -> None:
             with scope:
                 await computer.main(computer)  # type: ignore[misc]
-            process.end()
+            process.kill()
 
         process.on_end.append(lambda: _close_files(computer.directory))
         process.spawn(main)

@@ -95,12 +95,9 @@ def span(
     *,
     kind: SpanKind = SpanKind.INTERNAL,
     parent: str | None = None,
-    links: Sequence[str] = (),
 ) -> Iterator[Span]:
     """``operation`` goes on meanwhile, as a child of the current span, or of the one that ``parent`` names.
-
-    ``links`` are ``traceparent``s. An exception makes the span an error and goes on its way; a cancellation
-    leaves its status unset.
+    An exception makes the span an error and goes on its way; a cancellation leaves its status unset.
     """
     named = _operation.set(
         str(attributes.get("rpc.method", operation.name)) if attributes else operation.name
@@ -111,7 +108,7 @@ def span(
             with trace_context(parent) if parent is not None else contextlib.nullcontext():
                 yield trace.INVALID_SPAN
             return
-        started = start_span(operation, attributes, kind=kind, parent=parent, links=links)
+        started = start_span(operation, attributes, kind=kind, parent=parent)
         with trace.use_span(started, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
                 yield started
@@ -133,8 +130,8 @@ def start_span(
 ) -> Span:
     """A span that its caller ends, and that is not the current one.
 
-    ``identity`` is a ``traceparent`` with the identifiers that it is to have itself
-    (:func:`round_traceparent`, :func:`hop_traceparent`); with ``parent`` both are in one trace.
+    ``links`` are ``traceparent``s; ``identity`` is one with the identifiers that it is to have itself
+    (:func:`round_traceparent`, :func:`hop_traceparent`): with ``parent`` both are in one trace.
     """
     token = None
     found = context_of(parent)

@@ -70,7 +70,7 @@ class SimulatedExecutors:
         async def main() -> None:
             nonlocal code, tail
             code, tail = await self._main(handlers, launch.work_dir)
-            process.end()
+            process.kill()
 
         process.on_end.append(ended.set)
         process.spawn(main)
