@@ -65,25 +65,23 @@ class SimulatedRuntime(Runtime):
         abandon_on_cancel: bool = False,
     ) -> T:
         """Now, in the loop; a limiter still has its effect while the disk is slow."""
-        if limiter is None:
-            await trio.sleep(self.blocking_s)
-            return call(*args)
-        await limiter.acquire_on_behalf_of(holder := object())
+        holder = object()
+        if limiter is not None:
+            await limiter.acquire_on_behalf_of(holder)
         try:
             await trio.sleep(self.blocking_s)
             return call(*args)
         finally:
-            limiter.release_on_behalf_of(holder)
+            if limiter is not None:
+                limiter.release_on_behalf_of(holder)
 
     def check_cancelled(self) -> None:
         """Nothing can be cancelled meanwhile."""
 
     def free_bytes(self, directory: Path) -> int:
-        """What the world says."""
         return self._free_bytes(directory)
 
     def wall_time(self) -> float:
-        """What this machine's clock says."""
         return self._wall_time()
 
 
@@ -91,7 +89,6 @@ class Stepping(trio.abc.Instrument):
     """Puts the wrapper around each task of a process."""
 
     def task_spawned(self, task: Task) -> None:
-        """Called by trio before its first step."""
         process = task.context.get(_process)
         if process is not None:
             task.coro = process._instead_of(task, task.coro)  # type: ignore[assignment]
@@ -137,12 +134,10 @@ class SimulatedProcess:
 
     @property
     def children(self) -> int:
-        """Living processes that it has started."""
         return len(self._children)
 
     @property
     def tasks(self) -> Counter[str]:
-        """Living tasks, by name."""
         return Counter(task.name for task in self._tasks)
 
     def spawn(self, call: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
@@ -242,7 +237,6 @@ class SimulatedProcess:
             call()
 
     async def _instead_of(self, task: Task, coro: Coroutine[Any, Any, Any]) -> Any:
-        """What trio steps instead of ``coro``."""
         return await self._stepped(task, coro)
 
     @types.coroutine

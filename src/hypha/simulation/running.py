@@ -46,7 +46,6 @@ class _Log(logging.Handler):
         self.lines: deque[str] = deque(maxlen=_LOG_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging."""
         try:
             at = f"{trio.current_time():9.3f}"
             who = this_process().name

@@ -119,7 +119,6 @@ class Scenario(Struct, frozen=True):
 
 
 def gives_notice(scenario: Scenario) -> bool:
-    """Whether the machines of its workers may be taken away."""
     return any(fault.way == "notice" for fault in scenario.faults)
 
 

@@ -55,7 +55,6 @@ class ScenarioVerdict(Struct, frozen=True):
 
 
 def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logging.INFO) -> ScenarioVerdict:
-    """Run it once, and check everything."""
     one_thread_only()
     began = time.monotonic()
     struck: list[FaultOutcome] = []
@@ -94,8 +93,6 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
 
 
 class Order(Struct, frozen=True):
-    """To a process that runs scenarios."""
-
     scenario: Scenario
     journal: bool = False
 

@@ -164,7 +164,6 @@ class World:
         self.computers[name] = Computer(machine, directory, main)
 
     def start(self, name: str) -> None:
-        """Start the program of a machine, unless it runs."""
         computer = self.computers[name]
         if computer.process is not None and computer.process.alive:
             return
@@ -246,7 +245,6 @@ class World:
             self.kill(computer.name)
 
     def slow_disk(self, computer: Computer, more_s: float) -> None:
-        """Blocking calls there take so much longer."""
         computer.slow_disk_s += more_s
         process = computer.process
         if process is not None and isinstance(process.runtime, SimulatedRuntime):

@@ -201,13 +201,11 @@ class Gauge(Instrument):
 
 
 def bind(meter: Any) -> None:
-    """Record all that is declared into ``meter``."""
     for instrument in Instrument.declared.values():
         instrument.make(meter)
 
 
 def unbind() -> None:
-    """Record nowhere any more."""
     for instrument in Instrument.declared.values():
         instrument.drop()
 

@@ -32,9 +32,9 @@ def telemetry(settings: TelemetrySettings) -> Iterator[None]:
     if not settings.on:
         yield
         return
-    from hypha.telemetry.sdk import start_telemetry
+    from hypha.telemetry.sdk import Telemetry
 
-    started = start_telemetry(settings)
+    started = Telemetry(settings)
     token = _started.set(started)
     try:
         yield

@@ -1,7 +1,7 @@
 """OpenTelemetry's SDK, where the operator wants telemetry; imported only then.
 
-:func:`start_telemetry` makes tracing, metrics and logs of this process go where the settings say, and gives
-the metrics that Prometheus may ask for. Nothing here is in the way of the node: spans and logs wait in
+:class:`Telemetry` makes tracing, metrics and logs of this process go where the settings say, and gives the
+metrics that Prometheus may ask for. Nothing here is in the way of the node: spans and logs wait in
 bounded queues that drop what is too much, exporters work in threads of their own, a collector that is down is
 reported once, and :meth:`Telemetry.close` takes two seconds at most.
 
@@ -209,12 +209,10 @@ class Identifiers(RandomIdGenerator):
     """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing.spans`)."""
 
     def generate_trace_id(self) -> int:
-        """Of a trace that begins here."""
         chosen = chosen_identifiers()
         return chosen[0] if chosen is not None else super().generate_trace_id()
 
     def generate_span_id(self) -> int:
-        """Of any span."""
         chosen = chosen_identifiers()
         return chosen[1] if chosen is not None else super().generate_span_id()
 
@@ -223,7 +221,6 @@ class _Exporting(LoggingHandler):
     """An entry that cannot be read ends nobody: another one says where it is."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging."""
         try:
             super().emit(record)
         except Exception as exc:  # noqa: BLE001 - the edge: whoever logs must not fail for it
@@ -302,11 +299,6 @@ class Telemetry:
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
         metrics.unbind()
-
-
-def start_telemetry(settings: TelemetrySettings) -> Telemetry:
-    """Send and show what ``settings`` say, from now on."""
-    return Telemetry(settings)
 
 
 def _quietly(close: Callable[[], Any]) -> None:

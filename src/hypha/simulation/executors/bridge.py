@@ -47,7 +47,6 @@ class Bridge:
 
     @property
     def job(self) -> Job:
-        """What this executor is to do."""
         return self._handlers.job
 
     async def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
@@ -75,11 +74,9 @@ class Bridge:
             raise PeerUnreachable("behind the bridge", str(exc)) from exc
 
     def relative(self, path: Path) -> str:
-        """``path`` as the bridge wants it."""
         return path.relative_to(self.directory).as_posix()
 
     def report(self, event: Event) -> None:
-        """Have ``event`` delivered."""
         if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
             self._events.pop()
         if isinstance(event, Alive) and self._events:

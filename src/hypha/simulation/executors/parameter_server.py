@@ -185,7 +185,6 @@ class _TaskArchive(Archive):
                 self._changed.note()
 
     async def done(self) -> None:
-        """Wait until nothing is left to do."""
         while self._waiting or self._working:
             await self._changed.wait()
 

@@ -58,7 +58,6 @@ class SimulatedExecutors:
     async def __call__(
         self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
     ) -> Exit:
-        """Run one executor to its end."""
         job = handlers.job
         kind = "train" if isinstance(job, TrainJob) else "aggregate"
         process = self._start(kind)

@@ -102,7 +102,6 @@ class MarketWorker:
         self.start()
 
     def start(self) -> None:
-        """From nothing."""
         if self.alive:
             return
         self.alive = True
@@ -123,7 +122,6 @@ class MarketWorker:
         self.alive = False
 
     def tell(self, event: ArbiterEvent) -> list[ArbiterAction]:
-        """Its arbiter; offers are sent."""
         if not self.alive:
             return []
         actions = self.arbiter.handle(event, self.market.now)

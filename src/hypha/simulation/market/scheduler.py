@@ -63,8 +63,6 @@ class _Renewing:
 
 @dataclass(frozen=True)
 class Purse:
-    """What a scheduler pays."""
-
     bid: float
     maximum: float
     raise_after_s: float | None = None
@@ -133,7 +131,6 @@ class MarketScheduler:
         self._open([])
 
     def tell(self, event: AllocatorEvent) -> list[AllocatorAction]:
-        """Its allocator; what follows is done."""
         if not self.alive:
             return []
         actions = self.allocator.handle(event, self.market.now)
@@ -180,7 +177,6 @@ class MarketScheduler:
     # --- leases ---------------------------------------------------------------------------------------
 
     def drop(self, lease_id: str, avoid: bool = False) -> None:
-        """Give it back."""
         renewing = self._renewing.pop(lease_id, None)
         self.held.pop(lease_id, None)
         if renewing is not None:

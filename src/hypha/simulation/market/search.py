@@ -173,7 +173,6 @@ class _Run:
             self._next_job(scheduler)
 
     def run(self) -> MarketOutcome:
-        """To the end, with all checks."""
         market, problems = self.market, []
         try:
             while market.now < STARVED_S and (market.now < 10.0 or self._busy()):

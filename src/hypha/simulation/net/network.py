@@ -54,11 +54,9 @@ class SimulatedConnection:
 
     @property
     def dialled_by(self) -> str:
-        """The end that made it."""
         return next(iter(self.ends))
 
     def other(self, peer: str) -> str:
-        """The end that ``peer`` is not."""
         return next(one for one in self.ends if one != peer)
 
 
@@ -91,7 +89,6 @@ class SimulatedNetwork:
         self.touch()
 
     def mend(self, source: str, target: str) -> None:
-        """Undo one :meth:`cut`."""
         left = self._cuts.get((source, target), 0) - 1
         if left > 0:
             self._cuts[source, target] = left
@@ -214,7 +211,6 @@ class SimulatedNetwork:
         return connection
 
     def hops(self, connection: SimulatedConnection, source: str) -> tuple[tuple[str, str], ...]:
-        """The way of a message from ``source`` over it."""
         return _hops(source, connection.other(source), connection.relay)
 
     def drop(self, connection: SimulatedConnection, peer: str, reason: str = "the connection broke") -> None:
@@ -339,7 +335,6 @@ class SimulatedNetwork:
         self.carried += size
 
     def _moves(self, flow: SimulatedFlow) -> bool:
-        """Whether its way is open, and nobody on it frozen."""
         ends = (peer for hop in flow.hops for peer in hop if peer in self.nodes)
         return all(self.is_open(*hop) for hop in flow.hops) and not any(
             self.nodes[peer].process.frozen for peer in ends

@@ -54,8 +54,6 @@ _responses = msgspec.msgpack.Decoder(ResponseEnvelope)
 
 @dataclass(frozen=True)
 class SimulatedOptions:
-    """What a node was opened with."""
-
     component: str
     gateways: tuple[str, ...] = ()
     hop: bool = False
@@ -71,7 +69,6 @@ class _Exchange:
         self.error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
-        """It came to nothing."""
         if not self.done.is_set():
             self.error = error
             self.done.set()
@@ -291,7 +288,6 @@ class SimulatedNode:
     # --- gateways -----------------------------------------------------------------------------------
 
     def connected_gateways(self) -> list[str]:
-        """Of its gateways, those that it is connected to."""
         return [one for one in self.options.gateways if self.is_connected(one)]
 
     async def wait_connected(self) -> None:

@@ -59,7 +59,6 @@ class Listeners(Generic[T]):
         self._channels: dict[trio.MemorySendChannel[T], None] = {}
 
     def tell(self, item: T) -> None:
-        """Put ``item`` into all channels."""
         for channel in list(self._channels):
             try:
                 channel.send_nowait(item)
@@ -68,7 +67,6 @@ class Listeners(Generic[T]):
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[trio.MemoryReceiveChannel[T]]:
-        """A channel."""
         send, receive = trio.open_memory_channel[T](self._backlog)
         self._channels[send] = None
         try:

@@ -331,5 +331,4 @@ class SimulatedTransfers:
             raise Refused("not-found", f"{request.name} cannot be read: {exc}") from exc
 
     def idle(self) -> bool:
-        """Nothing is under way, and every place is free."""
         return not self._inbound and not self.sending.held and not self.receiving.held

@@ -18,7 +18,7 @@ import hmac
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -80,21 +80,13 @@ def page_routes(feed: PageFeed, status: Callable[[], object], access: Access) ->
     """For :func:`hypha.telemetry.serve_http`. ``status`` is called for each request of ``/status``, and
     returns anything that msgspec can write as JSON. Reads the page's files: call it once, at the start.
     """
-    files = {path.name: path.read_bytes() for path in sorted(ASSETS.iterdir())}
-
-    async def get_page(_: Request) -> Response:
-        return _file(files, "index.html")
-
-    async def get_asset(request: Request) -> Response:
-        return _file(files, request.path_params["name"])
 
     async def get_status(_: Request) -> Response:
         body = msgspec.json.encode(status())
         return Response(body, headers={"cache-control": "no-store"}, media_type="application/json")
 
     return [
-        Route("/", get_page),
-        Route("/assets/{name}", get_asset),
+        *_static("index.html", [path.name for path in sorted(ASSETS.iterdir())]),
         Route("/events", _Guarded(feed, access), methods=["GET"]),
         Route("/status", _Guarded(Route("/status", get_status).app, access), methods=["GET"]),
     ]
@@ -104,14 +96,24 @@ def worker_routes() -> list[Route]:
     """The page of a worker, for :func:`hypha.telemetry.serve_http`. Nothing of the worker is in it: what it
     shows it asks for, and gets where that is told. Reads the page's files: call it once, at the start.
     """
-    wanted = ("worker.html", "worker.js", "text.js", "page.css", "icon.svg")
-    files = {name: (ASSETS / name).read_bytes() for name in wanted}
+    return _static("worker.html", ["worker.html", "worker.js", "text.js", "page.css", "icon.svg"])
+
+
+def _static(page: str, names: Sequence[str]) -> list[Route]:
+    """Files that are the same for everybody: ``page`` at ``/``, and all of ``names``."""
+    files = {name: (ASSETS / name).read_bytes() for name in names}
+
+    def found(name: str) -> Response:
+        if name not in files:
+            return PlainTextResponse("There is no such file.\n", 404, headers=SECURITY)
+        headers = SECURITY | {"cache-control": "no-cache"}
+        return Response(files[name], headers=headers, media_type=_TYPES[Path(name).suffix])
 
     async def get_page(_: Request) -> Response:
-        return _file(files, "worker.html")
+        return found(page)
 
     async def get_asset(request: Request) -> Response:
-        return _file(files, request.path_params["name"])
+        return found(request.path_params["name"])
 
     return [Route("/", get_page), Route("/assets/{name}", get_asset)]
 
@@ -131,13 +133,6 @@ class _Guarded:
         status, text = refusal
         headers = {"www-authenticate": "Bearer"} if status == 401 else {}
         await PlainTextResponse(text, status, headers=headers | SECURITY)(scope, receive, send)
-
-
-def _file(files: dict[str, bytes], name: str) -> Response:
-    if name not in files:
-        return PlainTextResponse("There is no such file.\n", 404, headers=SECURITY)
-    headers = SECURITY | {"cache-control": "no-cache"}
-    return Response(files[name], headers=headers, media_type=_TYPES[Path(name).suffix])
 
 
 # --- who may read ---------------------------------------------------------------------------------------
