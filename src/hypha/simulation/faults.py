@@ -46,12 +46,10 @@ def watch_for(world: World, fault: Strike) -> trio.Event:
         phase, round_ = entry.state["phase"], entry.state["round"]
         if phase not in PHASES or not isinstance(round_, int):
             return
-        reached = (round_, PHASES.index(phase)) if phase != "loading" else (round_, 0)
+        reached = (round_, PHASES.index(phase)) >= wanted
         if fault.phase == "exporting":
-            reached, needed = (int(phase == "exporting"), 0), (1, 0)
-        else:
-            needed = wanted
-        if reached >= needed:
+            reached = phase == "exporting"
+        if reached:
             world.listeners.remove(listen)
             moment.set()
 
@@ -125,13 +123,17 @@ async def _strike_executor(world: World, fault: Strike, random: Random, struck: 
             executors.stalled[process] = trio.current_time() + fault.for_s
         # nobody waits for its end: the others go on without it
     elif fault.way == "freeze":
-        process.freeze()
-        await trio.sleep(fault.for_s)
-        if process.alive:
-            process.thaw()
+        await _freeze(process, fault.for_s)
     else:
         process.kill()
     struck.mended_at = trio.current_time()
+
+
+async def _freeze(process: SimulatedProcess, for_s: float) -> None:
+    process.freeze()
+    await trio.sleep(for_s)
+    if process.alive:
+        process.thaw()
 
 
 async def _strike_machine(world: World, computer: Computer, fault: Strike, random: Random) -> None:
@@ -154,11 +156,8 @@ async def _strike_machine(world: World, computer: Computer, fault: Strike, rando
         case "freeze":
             process = computer.process
             if process is not None and process.alive:
-                process.freeze()
                 network.touch()
-                await trio.sleep(fault.for_s)
-                if process.alive:
-                    process.thaw()
+                await _freeze(process, fault.for_s)
                 network.touch()
         case "cut" | "deaf" | "mute" | "partition":
             inward, outward = fault.way != "mute", fault.way != "deaf"
