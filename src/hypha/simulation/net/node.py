@@ -173,7 +173,7 @@ class SimulatedNode:
         return self.network.connection(self.peer_id, peer) is not None
 
     async def connect(self, peer: PeerRef | str) -> None:
-        await self.ask_there(self._known(peer), None, None)
+        await self.ask_there(self.known(peer), None, None)
 
     def connected(self, peer: str) -> None:
         """Called by the network."""
@@ -191,7 +191,8 @@ class SimulatedNode:
             self.gateway_changed.note()
         self._watchers.tell(PeerLost(peer))
 
-    def _known(self, peer: PeerRef | str) -> str:
+    def known(self, peer: PeerRef | str) -> str:
+        """The PeerID of ``peer``, whose addresses are remembered."""
         if isinstance(peer, PeerRef):
             self.learn(peer)
             return peer.peer
@@ -200,7 +201,7 @@ class SimulatedNode:
     # --- requests -----------------------------------------------------------------------------------
 
     async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
-        name = self._known(peer)
+        name = self.known(peer)
         payload = msgspec.msgpack.encode(RequestEnvelope(body=request))
         answer = await self.ask_there(
             name, lambda node: node.answers.serve(self.peer_id, payload), timeout_s, len(payload)

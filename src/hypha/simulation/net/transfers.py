@@ -103,9 +103,7 @@ class SimulatedTransfers:
     async def send(
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
-        name = peer.peer if isinstance(peer, PeerRef) else peer
-        if isinstance(peer, PeerRef):
-            self._node.learn(peer)
+        name = self._node.known(peer)
         token = new_id()
         if name == self._node.peer_id:
             await self.take(name, meta, token, await in_thread(path.read_bytes))
@@ -222,9 +220,7 @@ class SimulatedTransfers:
         max_bytes: int,
         still_s: float | None = None,
     ) -> TransferMeta:
-        name = peer.peer if isinstance(peer, PeerRef) else peer
-        if isinstance(peer, PeerRef):
-            self._node.learn(peer)
+        name = self._node.known(peer)
         request = msgspec.structs.replace(request, token=new_id())
         retries = Retries()
         while True:

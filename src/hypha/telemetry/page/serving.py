@@ -2,9 +2,8 @@
 ``/status`` for what is the job's, to those who may read it.
 
 Nothing on the page may come from elsewhere, be inline or be framed: its content security policy says so. On
-a loopback address anybody on this machine may read, elsewhere who has the token. On a loopback address a
-request must name an address or ``localhost`` as its host: else a page of another site, whose name its owner
-lets point here, could read it through the user's browser.
+a loopback address anybody on this machine may read (see :mod:`hypha.telemetry.http.hosts`), elsewhere who
+has the token.
 
 Events are server-sent, to each viewer at its own pace. There is no queue: a viewer that can be written to is
 sent what is new since the last message, so one that reads slowly receives fewer and larger messages, one that
@@ -31,7 +30,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypha.errors import ConfigError, Problem
-from hypha.telemetry.http.hosts import names_address
 
 logger = logging.getLogger("hypha.telemetry")
 
@@ -126,13 +124,12 @@ class _Guarded:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._access.refusal(scope)
-        if refusal is None:
+        if self._access.admits(scope):
             await self._app(scope, receive, send)
             return
-        status, text = refusal
-        headers = {"www-authenticate": "Bearer"} if status == 401 else {}
-        await PlainTextResponse(text, status, headers=headers | SECURITY)(scope, receive, send)
+        text = f"The token is missing or wrong: it is in {_FILE} in the job's state directory.\n"
+        headers = {"www-authenticate": "Bearer", **SECURITY}
+        await PlainTextResponse(text, 401, headers=headers)(scope, receive, send)
 
 
 # --- who may read ---------------------------------------------------------------------------------------
@@ -144,17 +141,12 @@ class Access:
 
     token: str | None = field(default=None, repr=False)
 
-    def refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """The status and the text of a refusal; None where the request is let in."""
-        if self.token is None:
-            host = _header(scope, b"host")
-            if host is None or names_address(host):
-                return None
-            return 403, f"{host!r} is no address of this machine: open the page by 127.0.0.1 or localhost.\n"
-        expected = self.token.encode()
-        if any(hmac.compare_digest(given.encode(), expected) for given in _tokens(scope)):
-            return None
-        return 401, f"The token is missing or wrong: it is in {_FILE} in the job's state directory.\n"
+    def admits(self, scope: Scope) -> bool:
+        """Whether the request is let in."""
+        token = self.token
+        return token is None or any(
+            hmac.compare_digest(given.encode(), token.encode()) for given in _tokens(scope)
+        )
 
 
 def token_in(directory: Path) -> tuple[str, Path]:
@@ -182,7 +174,7 @@ def token_in(directory: Path) -> tuple[str, Path]:
 
 
 def _tokens(scope: Scope) -> Iterable[str]:
-    header = _header(scope, b"authorization") or ""
+    header = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"authorization"), "")
     kind, _, value = header.partition(" ")
     if kind.lower() == "bearer":
         yield value.strip()
@@ -191,10 +183,6 @@ def _tokens(scope: Scope) -> Iterable[str]:
         yield from parse_qs(query, max_num_fields=10).get("token", [])
     except ValueError:
         return
-
-
-def _header(scope: Scope, name: bytes) -> str | None:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
 # --- events ---------------------------------------------------------------------------------------------
