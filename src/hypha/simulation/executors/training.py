@@ -41,7 +41,6 @@ from hypha.node import Changes
 from hypha.simulation.executors.bridge import Bridge
 
 if TYPE_CHECKING:
-    from hypha.executor.bridge.client import BridgeClient
     from hypha.executor.inner.local_model import TrainedModel
 
 #: as in hypha.executor.inner.handover
@@ -83,7 +82,7 @@ class SimulatedTrainer(Trainer):
     def __init__(self, bridge: Bridge, job: TrainJob, batch_s: Callable[[], float], lies: Set[str]) -> None:
         # the real one fetches and builds a model here: its attributes are set without that
         self._calls = bridge
-        self._bridge = cast("BridgeClient", bridge)
+        self._bridge = bridge.client
         self._job, self._traces = job, Traces(job)
         self._inbox = TrainerInbox(job.parameter_server, job.generation)
         self._incarnation = bridge.directory.name
@@ -235,7 +234,7 @@ class _TaskSender(UpdateSender):
         reused: ReusedFiles,
         changed: Changes,
     ) -> None:
-        super().__init__(cast("BridgeClient", bridge), inbox, update, reused)
+        super().__init__(bridge.client, inbox, update, reused)
         self._calls = bridge
         self._changed = changed
 
