@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypha.messages import Resources
-from hypha.resources import NOTHING, add_up, batch_size, check, fits, is_valid, left_of, weighted_capacity
+from hypha.resources import add_up, batch_size, check, fits, is_valid, left_of, weighted_capacity
 
 amounts = st.floats(min_value=0, max_value=1e6)
 resources = st.builds(Resources, cpu=amounts, memory=amounts, gpu=amounts, storage=amounts)
@@ -29,11 +29,11 @@ def test_nonsense_never_fits_and_is_refused(name: str, bad: float) -> None:
     wrong = Resources(**{name: bad})
     assert not is_valid(wrong)
     assert not fits(wrong, Resources(cpu=1e9, memory=1e9, gpu=1e9, storage=1e9))
-    assert not fits(NOTHING, wrong)
+    assert not fits(Resources(), wrong)
     with pytest.raises(ValueError, match=f"lease: {name}"):
         check(wrong, "lease")
     with pytest.raises(ValueError, match=name):
-        add_up([NOTHING, wrong])
+        add_up([Resources(), wrong])
     with pytest.raises(ValueError, match=name):
         weighted_capacity(wrong)
 
@@ -67,7 +67,7 @@ def test_a_sum_does_not_depend_on_the_order(parts: list[Resources], random: obje
 
 def test_weights() -> None:
     assert weighted_capacity(Resources(gpu=2, cpu=4, memory=16, storage=100)) == pytest.approx(56.6)
-    assert weighted_capacity(NOTHING) == 0
+    assert weighted_capacity(Resources()) == 0
     assert weighted_capacity(Resources(gpu=1.7e308, cpu=1.7e308)) == math.inf
 
 
@@ -105,6 +105,6 @@ def test_a_batch_is_never_of_one_sample_unless_that_is_the_maximum(
 
 def test_a_batch_size_needs_sane_bounds() -> None:
     with pytest.raises(ValueError, match="of 0 at most"):
-        batch_size(NOTHING, NOTHING, 0, 16)
+        batch_size(Resources(), Resources(), 0, 16)
     with pytest.raises(ValueError, match="offered: gpu"):
         batch_size(Resources(gpu=math.nan), Resources(gpu=1), 8, 16)

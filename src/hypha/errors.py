@@ -23,7 +23,7 @@ HyphaError                      exit code 1
     ├── ModelError                            the model cannot be loaded or built
     ├── NotFinite                             the loss or the weights are NaN or infinite
     ├── OutputError             exit code 6   the output place cannot be written
-    └── ExecutorFailed                        a child process died; its exit code and last lines
+    └── ExecutorFailed                        a child process died
 
 `hypha doctor` exits with 7 when it finds warnings at most, and with 8 when it finds errors in what it looks
 at; errors of its own have the codes above.
@@ -267,9 +267,4 @@ class OutputError(JobFailed):
 
 
 class ExecutorFailed(JobFailed):
-    """An executor process ended on its own; ``exit_code_of_child`` and its last lines are kept."""
-
-    def __init__(self, message: str, exit_code_of_child: int | None = None, tail: str = "") -> None:
-        self.exit_code_of_child = exit_code_of_child
-        self.tail = tail
-        super().__init__(message + (f"\n{tail}" if tail else ""))
+    """An executor process ended on its own."""

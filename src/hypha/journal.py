@@ -50,17 +50,7 @@ class JournalEntry:
 
     def line(self) -> bytes:
         """One line of JSON, always the same for the same entry."""
-        return encode_line(
-            {
-                "number": self.number,
-                "at_s": self.at_s,
-                "machine": self.machine,
-                "event": self.event,
-                "drawn": self.drawn,
-                "actions": self.actions,
-                "state": self.state,
-            }
-        )
+        return encode_line(self)
 
 
 class Journal:

@@ -73,12 +73,10 @@ def _by_parent() -> dict[int, list[int]]:
 
 
 def children(root: int) -> list[int]:
-    """PIDs of the children of ``root``."""
     return _by_parent().get(root, [])
 
 
 def descendants(root: int) -> list[int]:
-    """PIDs below ``root``."""
     children = _by_parent()
     found, queue = [], [root]
     while queue:

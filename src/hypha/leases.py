@@ -192,9 +192,10 @@ class LeaseBook:
     @property
     def used(self) -> Resources:
         """What is reserved, draining leases included."""
-        parts = [lease.resources for lease in self._live.values()]
-        parts.extend(lease.resources for lease, _ in self._draining.values())
-        return add_up(parts)
+        return add_up(self._parts())
+
+    def _parts(self) -> list[Resources]:
+        return [lease.resources for lease in (*self._live.values(), *self.draining)]
 
     @property
     def free(self) -> Resources:
@@ -293,10 +294,9 @@ class LeaseBook:
             return Denied(lease.lease_id, "duplicate", "a lease with this id exists")
         if not is_valid(lease.resources):
             return Denied(lease.lease_id, "invalid", "amounts must be finite and not negative")
-        parts = [known.resources for known in self._live.values()]
-        parts.extend(known.resources for known, _ in self._draining.values())
         # against the whole sum, not against what is free: errors within tolerance must not add up
-        if not (fits(lease.resources, self.total) and fits(add_up([*parts, lease.resources]), self.total)):
+        taken = add_up([*self._parts(), lease.resources])
+        if not (fits(lease.resources, self.total) and fits(taken, self.total)):
             return Denied(lease.lease_id, "lease", f"{lease.resources} is more than is free")
         until = now + _finite(event.life_s, "life_s")
         return Granted(self._keep(replace(lease, expires_at=until, accepted=False, job_id=None)))

@@ -76,7 +76,6 @@ class Changes:
         self._next = trio.Event()
 
     def note(self) -> None:
-        """One more change."""
         self.count += 1
         self._next.set()
         self._next = trio.Event()

@@ -34,19 +34,15 @@ class UrlPlace:
         return path
 
     def exists(self, name: str) -> bool:
-        """Is there a file, or a directory, of that name?"""
         return bool(self._files.exists(self._at(name)))
 
     def read(self, name: str) -> bytes:
-        """A file's content."""
         return bytes(self._files.cat_file(self._at(name)))
 
     def write(self, name: str, data: bytes) -> None:
-        """Make a file."""
         self._files.pipe_file(self._writable(name), data)
 
     def put(self, path: Path, name: str) -> None:
-        """Make a file of a local one."""
         self._files.put_file(str(path), self._writable(name))
 
     def remove(self, name: str) -> None:

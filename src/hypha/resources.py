@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from operator import attrgetter
 
 from hypha.messages import Resources
 
@@ -19,11 +20,8 @@ TOLERANCE = 1e-9
 #: What a unit of each amount weighs when capacities are compared with a price.
 WEIGHTS = Resources(gpu=25.0, cpu=1.0, memory=0.1, storage=0.01)
 
-NOTHING = Resources()
-
-
-def _amounts(resources: Resources) -> tuple[float, float, float, float]:
-    return (resources.cpu, resources.memory, resources.gpu, resources.storage)
+_NAMES = ("cpu", "memory", "gpu", "storage")
+_amounts = attrgetter(*_NAMES)
 
 
 def is_valid(resources: Resources) -> bool:
@@ -33,8 +31,7 @@ def is_valid(resources: Resources) -> bool:
 
 def check(resources: Resources, what: str) -> None:
     """Raise ValueError, naming ``what`` and the amount, unless :func:`is_valid`."""
-    for name in ("cpu", "memory", "gpu", "storage"):
-        amount = getattr(resources, name)
+    for name, amount in zip(_NAMES, _amounts(resources), strict=True):
         if not (math.isfinite(amount) and amount >= 0):
             raise ValueError(f"{what}: {name} = {amount} is not a finite amount >= 0")
 
@@ -55,24 +52,14 @@ def add_up(parts: Iterable[Resources]) -> Resources:
     listed = list(parts)
     for part in listed:
         check(part, "summand")
-    return Resources(
-        cpu=math.fsum(part.cpu for part in listed),
-        memory=math.fsum(part.memory for part in listed),
-        gpu=math.fsum(part.gpu for part in listed),
-        storage=math.fsum(part.storage for part in listed),
-    )
+    return Resources(**{name: math.fsum(getattr(part, name) for part in listed) for name in _NAMES})
 
 
 def left_of(total: Resources, used: Resources) -> Resources:
     """``total`` without ``used``. ValueError when ``used`` does not fit into ``total``."""
     if not fits(used, total):
         raise ValueError(f"{used} is more than {total}")
-    return Resources(
-        cpu=max(0.0, total.cpu - used.cpu),
-        memory=max(0.0, total.memory - used.memory),
-        gpu=max(0.0, total.gpu - used.gpu),
-        storage=max(0.0, total.storage - used.storage),
-    )
+    return Resources(**{name: max(0.0, getattr(total, name) - getattr(used, name)) for name in _NAMES})
 
 
 def weighted_capacity(resources: Resources) -> float:

@@ -22,22 +22,19 @@ IDLE_S = 3600.0
 
 
 class Reminder:
-    """Says when it is time to speak: after ``every_s`` seconds, and each so many from then on; with
-    ``at_once`` for the first time now. Pauses double up to ``longest_s``.
+    """Says when it is time to speak: after a minute, and each from then on; with ``at_once`` for the first
+    time now. Pauses double up to ``longest_s``.
     """
 
-    def __init__(
-        self, every_s: float = SILENT_S, *, at_once: bool = False, longest_s: float | None = None
-    ) -> None:
-        self._every_s = every_s
+    def __init__(self, *, at_once: bool = False, longest_s: float = SILENT_S) -> None:
         self._at_once = at_once
-        self._longest_s = every_s if longest_s is None else longest_s
+        self._longest_s = longest_s
         self.reset()
 
     def reset(self) -> None:
         """It goes on: there is nothing to say before it stands still again."""
-        self._pause_s = self._every_s
-        self.next_at = trio.current_time() + (0.0 if self._at_once else self._every_s)
+        self._pause_s = SILENT_S
+        self.next_at = trio.current_time() + (0.0 if self._at_once else SILENT_S)
 
     def due(self) -> bool:
         """Whether to speak now; once it has said so, it is silent for a while."""
@@ -49,19 +46,15 @@ class Reminder:
         return True
 
 
-async def reminded(
-    wait: Callable[[], Awaitable[T]],
-    say: Callable[[float], None],
-    every_s: float = SILENT_S,
-) -> T:
+async def reminded(wait: Callable[[], Awaitable[T]], say: Callable[[float], None]) -> T:
     """What ``await wait()`` returns or raises. Meanwhile ``say`` is called with the seconds that it has taken
-    so far, once in ``every_s``.
+    so far, once a minute.
     """
     began = trio.current_time()
 
     async def speak() -> None:
         while True:
-            await trio.sleep(every_s)
+            await trio.sleep(SILENT_S)
             say(trio.current_time() - began)
 
     async with trio.open_nursery() as nursery:

@@ -81,7 +81,7 @@ async def test_status_once_and_until_the_end() -> None:
         return current
 
     async with trio.open_nursery() as nursery:
-        address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, answer))
+        address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, lookups={"status": answer}))
         shown = await hypha("status", address)
         assert shown.returncode == 0, shown.stderr
         headline = (
@@ -160,9 +160,8 @@ async def test_leases_that_a_worker_has_given_and_that_a_scheduler_holds(tmp_pat
             assert words in shown.stdout.decode(), shown.stdout.decode()
         held = (*TRAINING.held, LeaseSnapshot("l", "12D3KooWgoinggoo", "train", leaves_in_s=7.0))
         job = msgspec.structs.replace(TRAINING, held=held)
-        shown = await hypha(
-            "leases", await nursery.start(partial(serve_http, "127.0.0.1:0", health, lambda: job))
-        )
+        of_job = partial(serve_http, "127.0.0.1:0", health, lookups={"status": lambda: job})
+        shown = await hypha("leases", await nursery.start(of_job))
         assert shown.returncode == 0, shown.stderr
         for words in ("job digits holds 3 leases", "…goinggoo", "leaves in 7 s", "cpu=4", "2.5", "held"):
             assert words in shown.stdout.decode(), shown.stdout.decode()

@@ -12,10 +12,9 @@ import pytest
 from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.scheduler.leasing.events import SearchTimes, Want
-from hypha.simulation.market.market import Market
+from hypha.simulation.market.market import Market, MarketWorker
 from hypha.simulation.market.scheduler import MarketJob, MarketScheduler, Purse
 from hypha.simulation.market.search import run_market
-from hypha.simulation.market.worker import MarketWorker
 
 NEED = Resources(cpu=1, memory=1)
 FOR_EVER_S = 1e9

@@ -11,7 +11,6 @@ from hypha.simulation.scenario import (
     NODE_WAYS,
     PHASES,
     ROLES,
-    WORKER_WAYS,
     Phase,
     Role,
     Scenario,
@@ -28,7 +27,7 @@ CELLS = [
     for way in (EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
     for phase in PHASES
     if (role, way) != ("parameter-server-executor", "stall")
-] + [(role, way, phase) for role in ("worker", "parameter-server") for way in WORKER_WAYS for phase in PHASES]
+] + [(role, "notice", phase) for role in ("worker", "parameter-server") for phase in PHASES]
 #: faults that meet while the first is still in force
 PAIRS: list[tuple[tuple[Role, Way], tuple[Role, Way]]] = [
     (("parameter-server", "kill"), ("scheduler", "kill")),

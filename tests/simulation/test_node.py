@@ -28,7 +28,7 @@ def test_connections_tell_their_way_and_the_latency_of_their_line() -> None:
             ]
             nodes = []
             for machine in machines:
-                network.add(machine)
+                network.machines[machine.peer] = machine
                 process = SimulatedProcess(
                     machine.peer, SimulatedRuntime(1, lambda: 0.0, lambda _: 0), nursery, lambda _, exc: None
                 )

@@ -3,11 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from random import Random
+from typing import get_args
 
 import pytest
 
-from hypha.simulation.scenario import Scenario, Strike, random_market
+from hypha.simulation.scenario import Scenario, Strategy, Strike, random_fault
 from hypha.simulation.search import Runner
+
+
+def random_market(seed: int) -> Scenario:
+    """Two or three schedulers that compete for workers on different terms, and maybe a fault."""
+    random = Random(f"market {seed}")
+    workers = random.choice((2, 3))
+    rounds = random.choice((2, 3))
+    bids = tuple(
+        (bid, bid * random.choice((2.0, 4.0))) for bid in (random.uniform(0.5, 2.0) for _ in range(3))
+    )
+    strategies: tuple[Strategy, ...] = get_args(Strategy)
+    return Scenario(
+        seed=seed,
+        workers=workers,
+        spare_workers=random.choice((0, 1)),
+        rivals=random.choice((1, 1, 2)),
+        bids=bids,
+        # nobody is too dear for anybody at rest
+        prices=tuple(round(random.uniform(0.1, 1.0), 2) for _ in range(4)),
+        # where all give all that they have to training there is no place for a parameter server
+        strategies=("flexible", *(random.choice(strategies) for _ in range(3))),
+        rounds=rounds,
+        load_s=random.choice((0.5, 2.0)),
+        latency_s=random.choice((0.001, 0.01, 0.08)),
+        min_workers=random.choice((None, 1)),
+        faults=tuple(random_fault(random, rounds) for _ in range(random.choice((0, 1)))),
+        patience_s=1200.0,
+    )
 
 
 @pytest.fixture(scope="module")

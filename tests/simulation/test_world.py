@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hypha.simulation.running import run_scenario
 from hypha.simulation.scenario import LIES, Scenario, Strike, Way, random_scenario
-from hypha.simulation.search import Runner, run_scenario
+from hypha.simulation.search import Runner
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ class VirtualNetwork:
         organization: str = "",
     ) -> AsyncIterator[SimulatedNode]:
         machine = SimulatedMachine(name, frozenset(roles), organization=organization)
-        self.carrier.add(machine)
+        self.carrier.machines[machine.peer] = machine
         async with trio.open_nursery() as nursery:
             process = SimulatedProcess(name, self.runtime, nursery, self._crashed)
             options = SimulatedOptions(f"hypha-{component}", tuple(gateways), hop)

@@ -24,11 +24,14 @@ def report(healthy: bool) -> HealthReport:
     return HealthReport(healthy=healthy, component="hypha-worker", version="1", peer="12D3", uptime_s=2.5)
 
 
+STATUS = {"status": lambda: Resources(cpu=2.0)}
+
+
 async def test_health_and_status() -> None:
     healthy = True
     async with trio.open_nursery() as nursery:
         address = await nursery.start(
-            partial(serve_http, "127.0.0.1:0", lambda: report(healthy), lambda: Resources(cpu=2.0))
+            partial(serve_http, "127.0.0.1:0", lambda: report(healthy), lookups=STATUS)
         )
         async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
             answer = await client.get("/health")
@@ -44,9 +47,7 @@ async def test_health_and_status() -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "0.0.0.0:0", "[::1]:0"])
 async def test_a_name_of_another_site_that_points_here_gets_no_answer(address: str) -> None:
     async with trio.open_nursery() as nursery:
-        bound = await nursery.start(
-            partial(serve_http, address, lambda: report(True), lambda: Resources(cpu=2.0))
-        )
+        bound = await nursery.start(partial(serve_http, address, lambda: report(True), lookups=STATUS))
         reached = bound.replace("0.0.0.0", "127.0.0.1")
         async with httpx.AsyncClient(base_url=f"http://{reached}", trust_env=False) as client:
             for path in ("/health", "/status", "/nowhere"):

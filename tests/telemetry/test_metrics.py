@@ -134,11 +134,11 @@ def test_a_value_is_set_until_it_is_forgotten(reader: InMemoryMetricReader) -> N
 
 def test_a_name_is_declared_once() -> None:
     with pytest.raises(ValueError, match="twice"):
-        Counter("hypha.lease.renewals", "{renewal}", "Again.")
+        Counter("hypha.lease.renewals", "renewal", "Again.")
 
 
 def test_an_open_label_is_kept_as_it_is() -> None:
-    gauge = Gauge("hypha.test.open", "{thing}", "Open.", Label("name", bound="this test"))
+    gauge = Gauge("hypha.test.open", "thing", "Open.", Label("name", bound="this test"))
     try:
         assert gauge.attributes({"name": "anything"}) == {"name": "anything"}
     finally:

@@ -19,7 +19,7 @@ from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.http.hosts import is_loopback
 from hypha.telemetry.page import Access, Message, PageFeed, page_routes, token_in, worker_routes
-from hypha.telemetry.page.routes import ASSETS
+from hypha.telemetry.page.serving import ASSETS
 
 TOKEN = "a-token-that-nobody-guesses"
 

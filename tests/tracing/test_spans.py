@@ -122,14 +122,14 @@ def test_operations_are_named_once_and_say_who_has_them() -> None:
 PEERS_WORDS = """
 import logging, warnings
 from hypha.config.otel import Signal, TelemetrySettings
-from hypha.telemetry.sdk import start_telemetry
+from hypha.telemetry.sdk import Telemetry
 from hypha.tracing import failed, span
 from hypha.tracing.operations import CONNECT
 from opentelemetry import trace
 signal = Signal("http://user:sesame@127.0.0.1:9/v1/traces", "http/protobuf", {})
 settings = TelemetrySettings(signal, None, signal, False, "always_on", 1.0, {}, 15.0)
 assert "sesame" not in repr(settings)
-started = start_telemetry(settings)
+started = Telemetry(settings)
 with span(CONNECT, {"hypha.peer": "z" * 900_000}) as one:
     failed(one, "y" * 900_000 + chr(0xDC80))
 assert len(one.attributes["hypha.peer"]) <= 1024

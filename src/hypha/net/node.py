@@ -60,7 +60,7 @@ from hypha.net.sockets import buffer_shortfalls
 from hypha.pki.identity import Identity
 from hypha.runtime import in_thread, new_id, wall_time
 from hypha.telemetry import health_of
-from hypha.telemetry.versions import versions
+from hypha.telemetry.health import versions
 
 logger = logging.getLogger(__name__)
 

@@ -42,7 +42,6 @@ _IDENTITY = {"cert_pem": Path("cert.pem"), "key_pem": Path("key.pem"), "trust_pe
 
 
 def data_config(gateways: Sequence[str], directory: Path) -> DataConfig:
-    """Of a data node."""
     return DataConfig(
         **_IDENTITY,
         gateway_addresses=list(gateways),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -10,7 +13,6 @@ import trio
 
 from hypha.journal import JournalEntry
 from hypha.runtime import in_thread
-from hypha.simulation.disks import fill_databases
 from hypha.simulation.process import SimulatedProcess
 from hypha.simulation.scenario import LIES, PHASES, Scenario, Strike, gives_notice
 from hypha.simulation.world import SCHEDULER, Computer, World
@@ -44,12 +46,10 @@ def watch_for(world: World, fault: Strike) -> trio.Event:
         phase, round_ = entry.state["phase"], entry.state["round"]
         if phase not in PHASES or not isinstance(round_, int):
             return
-        reached = (round_, PHASES.index(phase)) if phase != "loading" else (round_, 0)
+        reached = (round_, PHASES.index(phase)) >= wanted
         if fault.phase == "exporting":
-            reached, needed = (int(phase == "exporting"), 0), (1, 0)
-        else:
-            needed = wanted
-        if reached >= needed:
+            reached = phase == "exporting"
+        if reached:
             world.listeners.remove(listen)
             moment.set()
 
@@ -123,13 +123,17 @@ async def _strike_executor(world: World, fault: Strike, random: Random, struck: 
             executors.stalled[process] = trio.current_time() + fault.for_s
         # nobody waits for its end: the others go on without it
     elif fault.way == "freeze":
-        process.freeze()
-        await trio.sleep(fault.for_s)
-        if process.alive:
-            process.thaw()
+        await _freeze(process, fault.for_s)
     else:
         process.kill()
     struck.mended_at = trio.current_time()
+
+
+async def _freeze(process: SimulatedProcess, for_s: float) -> None:
+    process.freeze()
+    await trio.sleep(for_s)
+    if process.alive:
+        process.thaw()
 
 
 async def _strike_machine(world: World, computer: Computer, fault: Strike, random: Random) -> None:
@@ -152,11 +156,8 @@ async def _strike_machine(world: World, computer: Computer, fault: Strike, rando
         case "freeze":
             process = computer.process
             if process is not None and process.alive:
-                process.freeze()
                 network.touch()
-                await trio.sleep(fault.for_s)
-                if process.alive:
-                    process.thaw()
+                await _freeze(process, fault.for_s)
                 network.touch()
         case "cut" | "deaf" | "mute" | "partition":
             inward, outward = fault.way != "mute", fault.way != "deaf"
@@ -184,16 +185,26 @@ async def _strike_machine(world: World, computer: Computer, fault: Strike, rando
             await _corrupt(world, computer, fault, random)
         case "full-disk":
             computer.full = True
-            fill_databases(computer.directory, True)
+            _fill_databases(computer.directory, True)
             await trio.sleep(fault.for_s)
             computer.full = False
-            fill_databases(computer.directory, False)
+            _fill_databases(computer.directory, False)
         case "slow-disk":
             world.slow_disk(computer, _SLOW_DISK_S)
             await trio.sleep(fault.for_s)
             world.slow_disk(computer, -_SLOW_DISK_S)
         case "clock":
             computer.clock_offset_s += random.choice((-1, 1)) * _CLOCK_S
+
+
+def _fill_databases(directory: Path, full: bool) -> None:
+    """SQLite's own limit of pages stands in for the disk's."""
+    for found in [one for one in gc.get_objects() if type(one) is sqlite3.Connection]:
+        with contextlib.suppress(sqlite3.Error):
+            ((_, _, path),) = found.execute("PRAGMA database_list").fetchall()[:1]
+            if path.startswith(f"{directory}/"):
+                (pages,) = found.execute("PRAGMA page_count").fetchone()
+                found.execute(f"PRAGMA max_page_count = {pages if full else 1 << 30}")
 
 
 def _has_notice(world: World, name: str) -> bool:

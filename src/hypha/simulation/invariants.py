@@ -188,7 +188,6 @@ class RoundWatch:
         self._began: list[tuple[float, int]] = []
 
     def listen(self, entry: JournalEntry) -> None:
-        """A listener of journals."""
         if entry.machine != ROUNDS or isinstance(entry.state, str):
             return
         round_ = int(str(entry.state["round"]))
@@ -196,7 +195,6 @@ class RoundWatch:
             self._began.append((entry.at_s, round_))
 
     def check(self, struck: list[FaultOutcome], now: float) -> list[str]:
-        """The rounds that were stuck."""
         found = []
         ends = [*[began for began, _ in self._began[1:]], now]
         for (began, round_), end in zip(self._began, ends, strict=True):
@@ -227,7 +225,6 @@ class LeaseWatch:
         self._draining: set[str] = set()
 
     def listen(self, entry: JournalEntry) -> None:
-        """A listener of that worker's journal."""
         if entry.machine != LEASES or isinstance(entry.state, str):
             return
         for action in entry.actions:
@@ -263,7 +260,6 @@ class GoodputWatch:
         self._tell = tell
 
     def look(self, snapshot: JobSnapshot) -> None:
-        """An observer of the job."""
         report = snapshot.goodput
         if report is None:
             self._tell("the scheduler has given up its account of goodput")

@@ -33,7 +33,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _process: contextvars.ContextVar[SimulatedProcess | None] = contextvars.ContextVar("process", default=None)
-#: coroutines of killed processes: to collect them would run their ``finally`` blocks
+#: coroutines of killed processes, until the real process ends: to collect them would run their ``finally``
 _abandoned: list[Coroutine[Any, Any, Any]] = []
 
 
@@ -65,25 +65,23 @@ class SimulatedRuntime(Runtime):
         abandon_on_cancel: bool = False,
     ) -> T:
         """Now, in the loop; a limiter still has its effect while the disk is slow."""
-        if limiter is None:
-            await trio.sleep(self.blocking_s)
-            return call(*args)
-        await limiter.acquire_on_behalf_of(holder := object())
+        holder = object()
+        if limiter is not None:
+            await limiter.acquire_on_behalf_of(holder)
         try:
             await trio.sleep(self.blocking_s)
             return call(*args)
         finally:
-            limiter.release_on_behalf_of(holder)
+            if limiter is not None:
+                limiter.release_on_behalf_of(holder)
 
     def check_cancelled(self) -> None:
         """Nothing can be cancelled meanwhile."""
 
     def free_bytes(self, directory: Path) -> int:
-        """What the world says."""
         return self._free_bytes(directory)
 
     def wall_time(self) -> float:
-        """What this machine's clock says."""
         return self._wall_time()
 
 
@@ -91,7 +89,6 @@ class Stepping(trio.abc.Instrument):
     """Puts the wrapper around each task of a process."""
 
     def task_spawned(self, task: Task) -> None:
-        """Called by trio before its first step."""
         process = task.context.get(_process)
         if process is not None:
             task.coro = process._instead_of(task, task.coro)  # type: ignore[assignment]
@@ -137,12 +134,10 @@ class SimulatedProcess:
 
     @property
     def children(self) -> int:
-        """Living processes that it has started."""
         return len(self._children)
 
     @property
     def tasks(self) -> Counter[str]:
-        """Living tasks, by name."""
         return Counter(task.name for task in self._tasks)
 
     def spawn(self, call: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
@@ -216,7 +211,7 @@ class SimulatedProcess:
             child.thaw()
 
     def kill(self) -> None:
-        """As SIGKILL does; its children are gone with it."""
+        """As SIGKILL does, or its own end; its children, and whatever tasks are left, are gone with it."""
         if not self.alive:
             return
         self.alive = self.frozen = False
@@ -234,10 +229,6 @@ class SimulatedProcess:
             give_up(ProcessGone(self.name))
         self._ended()
 
-    def end(self) -> None:
-        """It has come to its end by itself: whatever tasks are left go with it."""
-        self.kill()
-
     def _ended(self) -> None:
         if self.parent is not None:
             self.parent._children.pop(self, None)
@@ -246,7 +237,6 @@ class SimulatedProcess:
             call()
 
     async def _instead_of(self, task: Task, coro: Coroutine[Any, Any, Any]) -> Any:
-        """What trio steps instead of ``coro``."""
         return await self._stepped(task, coro)
 
     @types.coroutine
@@ -285,11 +275,6 @@ def _abandon(task: Task, coro: Coroutine[Any, Any, Any]) -> None:
         coro.close()
     else:
         _abandoned.append(coro)
-
-
-def abandoned() -> int:
-    """How many coroutines of killed processes are kept; they are only freed with the real process."""
-    return len(_abandoned)
 
 
 def forget_generators() -> None:

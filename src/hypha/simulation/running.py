@@ -1,4 +1,6 @@
-"""Running a world to its end: trio's order of tasks, the clock and the log follow from its seed alone."""
+"""Running a scenario to its end: trio's order of tasks, the clock and the log follow from its seed alone, and
+everything that must be true is checked.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,29 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
 import trio.testing
+from msgspec import Struct
 from trio._core import _run as trio_run
 
-from hypha.errors import HyphaError
-from hypha.scheduler import JobResult
+from hypha.executor.toy import one_thread_only
+from hypha.simulation.faults import FaultOutcome, story
+from hypha.simulation.invariants import (
+    GoodputWatch,
+    LeaseWatch,
+    RoundWatch,
+    check_checkpoints,
+    check_goodput,
+    check_ledgers,
+    settled,
+    watch_checkpoints,
+)
 from hypha.simulation.process import Stepping, forget_generators, this_process
 from hypha.simulation.scenario import Scenario
 from hypha.simulation.world import World
@@ -26,16 +39,83 @@ from hypha.simulation.world import World
 _LOG_LINES = 5000
 
 
-@dataclass
-class Ending:
-    """What came of a run. ``problems`` is empty when all was as it must be."""
+class ScenarioVerdict(Struct, frozen=True):
+    """What came of a scenario. ``problems`` is empty when all was as it must be."""
 
-    problems: list[str]
-    result: JobResult | None
-    failure: HyphaError | None
+    scenario: Scenario
+    problems: tuple[str, ...]
+    struck: tuple[str, ...]
     lasted_s: float
-    log: list[str]
-    journal: list[bytes]
+    took_s: float
+    log: tuple[str, ...] = ()
+    journal: bytes = b""
+
+
+def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logging.INFO) -> ScenarioVerdict:
+    """Make its world below ``root``, which is deleted unless given, have the story happen, and end it."""
+    one_thread_only()
+    began = time.monotonic()
+    place = root or _scratch_directory()
+    worlds: list[World] = []
+    struck: list[FaultOutcome] = []
+    lasted_s = 0.0
+
+    async def main() -> None:
+        nonlocal lasted_s
+        try:
+            async with trio.open_nursery() as nursery:
+                world = World(scenario, place, nursery)
+                worlds.append(world)
+                nursery.start_soon(world.network.run)
+                try:
+                    struck.extend(await _watched_story(world))
+                finally:
+                    lasted_s = trio.current_time()
+                    for name in world.computers:
+                        world.kill(name)
+                    nursery.cancel_scope.cancel()
+        finally:
+            forget_generators()
+
+    try:
+        with _deterministic(scenario.seed), _logged(level) as log:
+            clock = trio.testing.MockClock(autojump_threshold=0)
+            trio.run(main, clock=clock, instruments=[Stepping()])
+    finally:
+        if root is None:
+            shutil.rmtree(place, ignore_errors=True)
+    (world,) = worlds
+    return ScenarioVerdict(
+        scenario,
+        tuple(dict.fromkeys(world.problems)),
+        tuple(
+            f"{one.fault.way} {one.target} at {one.struck_at}" for one in struck if one.struck_at is not None
+        ),
+        lasted_s,
+        time.monotonic() - began,
+        tuple(log.lines),
+        b"\n".join(world.entries),
+    )
+
+
+async def _watched_story(world: World) -> list[FaultOutcome]:
+    rounds = RoundWatch()
+    world.listeners.append(rounds.listen)
+    world.worker_listeners.append(lambda name: LeaseWatch(name, world.problems.append).listen)
+    world.observers.append(GoodputWatch(world.problems.append).look)
+    world.checks.append(check_checkpoints)
+    world.nursery.start_soon(watch_checkpoints, world)
+    struck = await story(world)
+    # how long others keep the workers is not known
+    if not world.scenario.rivals:
+        world.problems += rounds.check(struck, trio.current_time())
+    if world.failure is not None:
+        world.problems.append(f"the job failed: {world.failure}")
+    world.problems += await settled(world)
+    world.problems += check_checkpoints(world)
+    world.problems += check_ledgers(world)
+    world.problems += check_goodput(world)
+    return struck
 
 
 class _Log(logging.Handler):
@@ -46,7 +126,6 @@ class _Log(logging.Handler):
         self.lines: deque[str] = deque(maxlen=_LOG_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging."""
         try:
             at = f"{trio.current_time():9.3f}"
             who = this_process().name
@@ -90,44 +169,8 @@ def _deterministic(seed: int) -> Iterator[None]:
         trio_run._r.setstate(state)
 
 
-def scratch_directory() -> Path:
+def _scratch_directory() -> Path:
     """A new directory, in memory where there is such a place: a run syncs files by the hundred."""
     memory = Path("/dev/shm")
     place = memory if os.access(memory, os.W_OK) else None
     return Path(tempfile.mkdtemp(prefix="hypha-world-", dir=place))
-
-
-def run_world(
-    scenario: Scenario, live: Callable[[World], object], root: Path | None = None, level: int = logging.INFO
-) -> Ending:
-    """Make the world, have ``await live(world)`` be its story, end it, and delete ``root`` unless given."""
-    place = root or scratch_directory()
-    worlds: list[World] = []
-    lasted_s = 0.0
-
-    async def main() -> None:
-        nonlocal lasted_s
-        try:
-            async with trio.open_nursery() as nursery:
-                world = World(scenario, place, nursery)
-                worlds.append(world)
-                nursery.start_soon(world.network.run)
-                try:
-                    await live(world)  # type: ignore[misc]
-                finally:
-                    lasted_s = trio.current_time()
-                    for name in world.computers:
-                        world.kill(name)
-                    nursery.cancel_scope.cancel()
-        finally:
-            forget_generators()
-
-    try:
-        with _deterministic(scenario.seed), _logged(level) as log:
-            clock = trio.testing.MockClock(autojump_threshold=0)
-            trio.run(main, clock=clock, instruments=[Stepping()])
-    finally:
-        if root is None:
-            shutil.rmtree(place, ignore_errors=True)
-    (world,) = worlds
-    return Ending(world.problems, world.result, world.failure, lasted_s, list(log.lines), world.entries)

@@ -7,7 +7,7 @@ JSON, and its ``repr`` can be pasted into a test.
 from __future__ import annotations
 
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 from msgspec import Struct
@@ -22,17 +22,14 @@ Role = Literal[
     "data",
     "gateway",
 ]
-#: ``kill`` ends a process at once, and it is started again after ``for_s``; ``lose`` is a kill after which it
-#: stays away; ``freeze`` stops it for ``for_s``; ``restart`` ends it politely and starts it again; ``cut``:
-#: nothing passes for ``for_s``, ``deaf`` nothing comes in, ``mute`` nothing goes out; ``partition``: it and
-#: the workers do not reach each other, all others do; ``slow``: a hundredth of its line's speed is left;
-#: ``lossy``: every fifth packet is lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``:
-#: no byte is free; ``slow-disk``: every blocking call takes half a second more; ``clock``: its time of day
-#: jumps; ``notice``: a worker's machine is taken away, as spot machines are, ``notice_s`` after it was told
-#: so, and another one comes in its place; ``stall``: a training executor runs, and its batches take for ever
-Way = Literal[
+#: ``kill`` ends a process at once, and it is started again after ``for_s``; ``freeze`` stops it for
+#: ``for_s``; ``restart`` ends it politely and starts it again; ``cut``: nothing passes for ``for_s``,
+#: ``deaf`` nothing comes in, ``mute`` nothing goes out; ``partition``: it and the workers do not reach each
+#: other, all others do; ``slow``: a hundredth of its line's speed is left; ``lossy``: every fifth packet is
+#: lost; ``corrupt``: a file that it keeps has another byte; ``full-disk``: no byte is free; ``slow-disk``:
+#: every blocking call takes half a second more; ``clock``: its time of day jumps
+NodeWay = Literal[
     "kill",
-    "lose",
     "freeze",
     "restart",
     "cut",
@@ -45,56 +42,26 @@ Way = Literal[
     "full-disk",
     "slow-disk",
     "clock",
-    "notice",
-    "stall",
-    "claim",
-    "blow-up",
-    "withhold",
-    "never-load",
-    "hoard",
-    "boast",
 ]
-#: as ``offer.strategy`` of a worker
-Strategy = Literal["flexible", "whole", "utilization", "affinity"]
-Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting"]
-
-ROLES: tuple[Role, ...] = (
-    "worker",
-    "parameter-server",
-    "training-executor",
-    "parameter-server-executor",
-    "scheduler",
-    "data",
-    "gateway",
-)
-PHASES: tuple[Phase, ...] = ("loading", "training", "scheduled", "updating", "closing", "exporting")
-#: an executor is a process and has neither a line nor a disk of its own
-EXECUTOR_WAYS: tuple[Way, ...] = ("kill", "freeze", "stall")
-NODE_WAYS: tuple[Way, ...] = (
-    "kill",
-    "freeze",
-    "restart",
-    "cut",
-    "deaf",
-    "mute",
-    "partition",
-    "slow",
-    "lossy",
-    "corrupt",
-    "full-disk",
-    "slow-disk",
-    "clock",
-)
-
-
-#: those of a worker's machine alone
-WORKER_WAYS: tuple[Way, ...] = ("notice",)
-
 #: what a worker does from then on: its updates stand for 10^12 samples (``claim``), or are huge
 #: (``blow-up``); it reports progress and sends no update (``withhold``), never has the model
 #: (``never-load``), or asks for slices without end (``hoard``); or it begins anew, offers a million cores,
 #: and never loads (``boast``)
-LIES: tuple[Way, ...] = ("claim", "blow-up", "withhold", "never-load", "hoard", "boast")
+Lie = Literal["claim", "blow-up", "withhold", "never-load", "hoard", "boast"]
+#: ``lose`` is a kill after which it stays away; ``notice``: a worker's machine is taken away, as spot
+#: machines are, ``notice_s`` after it was told so, and another one comes in its place; ``stall``: a training
+#: executor runs, and its batches take for ever
+Way = Literal[NodeWay, "lose", "notice", "stall", Lie]
+#: as ``offer.strategy`` of a worker
+Strategy = Literal["flexible", "whole", "utilization", "affinity"]
+Phase = Literal["loading", "training", "scheduled", "updating", "closing", "exporting"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+NODE_WAYS: tuple[Way, ...] = get_args(NodeWay)
+LIES: tuple[Way, ...] = get_args(Lie)
+#: an executor is a process and has neither a line nor a disk of its own
+EXECUTOR_WAYS: tuple[Way, ...] = ("kill", "freeze", "stall")
 
 
 class Strike(Struct, frozen=True):
@@ -152,7 +119,6 @@ class Scenario(Struct, frozen=True):
 
 
 def gives_notice(scenario: Scenario) -> bool:
-    """Whether the machines of its workers may be taken away."""
     return any(fault.way == "notice" for fault in scenario.faults)
 
 
@@ -188,41 +154,13 @@ def random_scenario(seed: int) -> Scenario:
         min_workers=random.choice((None, 1, max(1, workers - 1))),
         checkpoint_every=every,
         replicas=random.choice((0, 0, 1)),
-        faults=tuple(_random_fault(random, rounds) for _ in range(random.choice((1, 1, 2, 2, 3, 4)))),
+        faults=tuple(random_fault(random, rounds) for _ in range(random.choice((1, 1, 2, 2, 3, 4)))),
     )
     if seed % 10 == 8:
         return _a_liar(scenario, random)
     if seed % 10 != 9:
         return scenario
     return random.choice((_two_deaths, _no_way_back))(scenario, random)
-
-
-def random_market(seed: int) -> Scenario:
-    """Two or three schedulers that compete for workers on different terms, and maybe a fault."""
-    random = Random(f"market {seed}")
-    workers = random.choice((2, 3))
-    rounds = random.choice((2, 3))
-    bids = tuple(
-        (bid, bid * random.choice((2.0, 4.0))) for bid in (random.uniform(0.5, 2.0) for _ in range(3))
-    )
-    strategies: tuple[Strategy, ...] = ("flexible", "whole", "utilization", "affinity")
-    return Scenario(
-        seed=seed,
-        workers=workers,
-        spare_workers=random.choice((0, 1)),
-        rivals=random.choice((1, 1, 2)),
-        bids=bids,
-        # nobody is too dear for anybody at rest
-        prices=tuple(round(random.uniform(0.1, 1.0), 2) for _ in range(4)),
-        # where all give all that they have to training there is no place for a parameter server
-        strategies=("flexible", *(random.choice(strategies) for _ in range(3))),
-        rounds=rounds,
-        load_s=random.choice((0.5, 2.0)),
-        latency_s=random.choice((0.001, 0.01, 0.08)),
-        min_workers=random.choice((None, 1)),
-        faults=tuple(_random_fault(random, rounds) for _ in range(random.choice((0, 1)))),
-        patience_s=1200.0,
-    )
 
 
 def _a_liar(scenario: Scenario, random: Random) -> Scenario:
@@ -258,7 +196,8 @@ def _no_way_back(scenario: Scenario, random: Random) -> Scenario:
     )
 
 
-def _random_fault(random: Random, rounds: int) -> Strike:
+def random_fault(random: Random, rounds: int) -> Strike:
+    """Of anybody, in any way, in a job of so many ``rounds``."""
     role = random.choice(ROLES)
     way: Way = random.choice(EXECUTOR_WAYS if role.endswith("executor") else NODE_WAYS)
     if way == "kill" and role == "worker" and random.random() < 0.3:
@@ -282,6 +221,28 @@ def _random_fault(random: Random, rounds: int) -> Strike:
     )
 
 
+#: what is as in a plain scenario, the simplest first
+_LEFT_OUT = (
+    "behind_nat",
+    "apart",
+    "replicas",
+    "gateways",
+    "data_nodes",
+    "min_workers",
+    "spare_workers",
+    "load_s",
+    "latency_s",
+    "disk_s",
+    "clock_drift",
+    "line_bytes_s",
+    "slices",
+    "rows",
+    "samples_a_round",
+    "batch_s",
+    "checkpoint_every",
+)
+
+
 def simpler(scenario: Scenario) -> list[Scenario]:
     """Scenarios with less in them, the simplest first: one of them may fail in the same way."""
     replace = msgspec.structs.replace
@@ -290,22 +251,7 @@ def simpler(scenario: Scenario) -> list[Scenario]:
         faults = scenario.faults[:number] + scenario.faults[number + 1 :]
         found.append(replace(scenario, faults=faults))
     plain = Scenario()
-    for name in (
-        "behind_nat",
-        "apart",
-        "replicas",
-        "gateways",
-        "data_nodes",
-        "min_workers",
-        "spare_workers",
-        "load_s",
-        "latency_s",
-        "disk_s",
-        "clock_drift",
-    ):
-        if getattr(scenario, name) != getattr(plain, name):
-            found.append(replace(scenario, **{name: getattr(plain, name)}))
-    for name in ("line_bytes_s", "slices", "rows", "samples_a_round", "batch_s", "checkpoint_every"):
+    for name in _LEFT_OUT:
         if getattr(scenario, name) != getattr(plain, name):
             found.append(replace(scenario, **{name: getattr(plain, name)}))
     last = max((fault.round for fault in scenario.faults), default=0)

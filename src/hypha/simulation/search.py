@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import queue
 import resource
 import subprocess
@@ -11,29 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import IO, Self
 
 import msgspec
-import trio
 from msgspec import Struct
 
 from hypha.config.environment import child_environment
-from hypha.executor.toy import one_thread_only
-from hypha.simulation.faults import FaultOutcome, story
-from hypha.simulation.invariants import (
-    GoodputWatch,
-    LeaseWatch,
-    RoundWatch,
-    check_checkpoints,
-    check_goodput,
-    check_ledgers,
-    settled,
-    watch_checkpoints,
-)
-from hypha.simulation.running import run_world
+from hypha.simulation.running import ScenarioVerdict, run_scenario
 from hypha.simulation.scenario import Scenario, random_scenario, simpler
-from hypha.simulation.world import World
 
 #: scenarios that one process runs: what was killed in them is only freed with it
 _A_PROCESS = 20
@@ -42,60 +26,7 @@ _A_PROCESS = 20
 _LONGEST_CPU_S = 120
 
 
-class ScenarioVerdict(Struct, frozen=True):
-    """What came of a scenario. ``problems`` is empty when all was as it must be."""
-
-    scenario: Scenario
-    problems: tuple[str, ...]
-    struck: tuple[str, ...]
-    lasted_s: float
-    took_s: float
-    log: tuple[str, ...] = ()
-    journal: bytes = b""
-
-
-def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logging.INFO) -> ScenarioVerdict:
-    """Run it once, and check everything."""
-    one_thread_only()
-    began = time.monotonic()
-    struck: list[FaultOutcome] = []
-
-    async def live(world: World) -> None:
-        rounds = RoundWatch()
-        world.listeners.append(rounds.listen)
-        world.worker_listeners.append(lambda name: LeaseWatch(name, world.problems.append).listen)
-        world.observers.append(GoodputWatch(world.problems.append).look)
-        world.checks.append(check_checkpoints)
-        world.nursery.start_soon(watch_checkpoints, world)
-        struck.extend(await story(world))
-        # how long others keep the workers is not known
-        if not scenario.rivals:
-            world.problems += rounds.check(struck, trio.current_time())
-        if world.failure is not None:
-            world.problems.append(f"the job failed: {world.failure}")
-        world.problems += await settled(world)
-        world.problems += check_checkpoints(world)
-        world.problems += check_ledgers(world)
-        world.problems += check_goodput(world)
-
-    ending = run_world(scenario, live, root, level)
-    told = tuple(
-        f"{one.fault.way} {one.target} at {one.struck_at}" for one in struck if one.struck_at is not None
-    )
-    return ScenarioVerdict(
-        scenario,
-        tuple(dict.fromkeys(ending.problems)),
-        told,
-        ending.lasted_s,
-        time.monotonic() - began,
-        tuple(ending.log),
-        b"\n".join(ending.journal),
-    )
-
-
 class Order(Struct, frozen=True):
-    """To a process that runs scenarios."""
-
     scenario: Scenario
     journal: bool = False
 

@@ -6,7 +6,9 @@ what the programs run: ``scheduler.run_job``, ``worker.node.serve``, ``data.serv
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -14,16 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import trio
-import trio.testing
 
+from hypha.data.manifest import make_manifest, write_manifest
 from hypha.data.serving import serve as data_serve
+from hypha.data.slices import write_slice
 from hypha.errors import HyphaError
+from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
 from hypha.leases import NAME as LEASES
+from hypha.messages import Column
 from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, run_job
-from hypha.simulation.configurations import NOTICE, data_config, scheduler_config, worker_config
-from hypha.simulation.disks import close_files, make_dataset
+from hypha.simulation.configurations import DATASET, NOTICE, data_config, scheduler_config, worker_config
 from hypha.simulation.executors.processes import SimulatedExecutors
 from hypha.simulation.net.lines import SimulatedMachine
 from hypha.simulation.net.network import SimulatedNetwork
@@ -128,7 +133,7 @@ class World:
         self.data = tuple(f"data-{number}" for number in range(1, wanted.data_nodes + 1))
         count = wanted.workers + wanted.spare_workers + wanted.apart
         self.workers = tuple(f"worker-{number}" for number in range(1, count + 1))
-        make_dataset(self.root / "dataset", wanted.slices, wanted.rows)
+        _make_dataset(self.root / "dataset", wanted.slices, wanted.rows)
         for name in self.gateways:
             self._add(name, "gateway", self._gateway)
         for name in self.data:
@@ -155,11 +160,10 @@ class World:
         )
         directory = self.root / name
         directory.mkdir()
-        self.network.add(machine)
+        self.network.machines[name] = machine
         self.computers[name] = Computer(machine, directory, main)
 
     def start(self, name: str) -> None:
-        """Start the program of a machine, unless it runs."""
         computer = self.computers[name]
         if computer.process is not None and computer.process.alive:
             return
@@ -172,9 +176,9 @@ class World:
         async def main() -> None:
             with scope:
                 await computer.main(computer)  # type: ignore[misc]
-            process.end()
+            process.kill()
 
-        process.on_end.append(lambda: close_files(computer.directory))
+        process.on_end.append(lambda: _close_files(computer.directory))
         process.spawn(main)
         self.nursery.start_soon(self._count_tasks, computer, process)
 
@@ -215,40 +219,32 @@ class World:
     async def stop(self, name: str, within_s: float) -> None:
         """Its process is told to end, and is killed when it has not by then, which is a problem."""
         computer = self.computers[name]
-        process = computer.process
-        if process is None or not process.alive:
-            return
-        ended = trio.Event()
-        process.on_end.append(ended.set)
-        computer.scope.cancel()
-        await self._end_within(computer, ended, within_s)
+        await self._end_within(computer, computer.scope.cancel, within_s)
 
     async def give_notice(self, name: str, late_s: float) -> None:
         """Its machine tells that it ends, and does so ``notice_s`` later. Its process is to have ended by
         then, or ``late_s`` later, as a disk may be slow.
         """
         computer = self.computers[name]
+        notice = computer.directory / NOTICE
+        await self._end_within(computer, notice.touch, self.scenario.notice_s + late_s)
+        notice.unlink(missing_ok=True)
+
+    async def _end_within(self, computer: Computer, tell: Callable[[], object], within_s: float) -> None:
         process = computer.process
         if process is None or not process.alive:
             return
         ended = trio.Event()
         process.on_end.append(ended.set)
-        notice = computer.directory / NOTICE
-        notice.touch()
-        await self._end_within(computer, ended, self.scenario.notice_s + late_s)
-        notice.unlink()
-
-    async def _end_within(self, computer: Computer, ended: trio.Event, within_s: float) -> None:
-        name, process = computer.name, computer.process
+        tell()
         with trio.move_on_after(within_s) as waiting:
             await ended.wait()
         if waiting.cancelled_caught:
-            if process is not None and not process.frozen:
-                self.problems.append(f"{name} did not end within {within_s:g} s")
-            self.kill(name)
+            if not process.frozen:
+                self.problems.append(f"{computer.name} did not end within {within_s:g} s")
+            self.kill(computer.name)
 
     def slow_disk(self, computer: Computer, more_s: float) -> None:
-        """Blocking calls there take so much longer."""
         computer.slow_disk_s += more_s
         process = computer.process
         if process is not None and isinstance(process.runtime, SimulatedRuntime):
@@ -341,3 +337,25 @@ class World:
         self.entries.append(entry.line())
         for listener in list(self.listeners):
             listener(entry)
+
+
+def _make_dataset(directory: Path, slices: int, rows: int) -> None:
+    """``slices`` slices of ``rows`` numbered rows each."""
+    directory.mkdir()
+    columns = (Column(name=COLUMN, dtype="I64", shape=()),)
+    for index in range(slices):
+        record = np.zeros(rows, dtype=[(COLUMN, "<i8")])
+        record[COLUMN] = np.arange(index * rows, (index + 1) * rows)
+        write_slice(directory / f"slice-{index:04}.safetensors", columns, record)
+    write_manifest(directory, make_manifest(directory, DATASET))
+
+
+def _close_files(directory: Path) -> None:
+    """What the kernel does for a process that has ended: locks go with their descriptors. SQLite's are left:
+    a connection that is never used again locks nothing.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{name}")
+            if target.startswith(f"{directory}/") and ".db" not in target:
+                os.close(int(name))

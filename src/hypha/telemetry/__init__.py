@@ -1,4 +1,4 @@
-"""How a node shows itself: metrics, logs, exporters, and local HTTP (``http/``, with ``http/health.py``).
+"""How a node shows itself: metrics, logs, exporters, and local HTTP (``http/``).
 
 - Signals are read off seams: what enters and leaves a node (``net/``), the journal of the machines
   (``scheduler/status/signals.py``, ``scheduler/status/round_traces.py``, ``scheduler/goodput/``), the bridge.
@@ -17,8 +17,7 @@
   it share a server that lets go of clients that have left (``telemetry/http/hypercorn.py``).
 """
 
-import hypha.telemetry.without  # noqa: F401  before Hypercorn
-from hypha.telemetry.http.health import health_of
+from hypha.telemetry.health import health_of
 from hypha.telemetry.http.server import serve_http
 from hypha.telemetry.logs import configure_logging
 

@@ -3,8 +3,7 @@
 The table in docs/observability.md, the lint of rules, dashboards and documented queries, and the tests read
 this registry. Names that operations.md gives are exact; OpenTelemetry's own (``system.*``, ``process.*``,
 ``hw.gpu.*``) stand beside ours where there is one. In Prometheus dots become underscores, counters get
-``_total``; the job that a scheduler or worker is of is the resource attribute ``hypha.job``
-(``target_info{hypha_job="..."}``). Although long it is one module: one table, in the order of the page.
+``_total``; the job of a scheduler or worker is a resource attribute (``target_info{hypha_job="..."}``).
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from hypha.errors import REFUSALS
 from hypha.messages import ExecutorClass, Request
 from hypha.telemetry.metrics import OTHER, Counter, Gauge, Histogram, Label
 
-#: of what waits for a network
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 #: of what is answered from memory
 FAST_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 #: of rounds and jobs
@@ -48,64 +45,64 @@ _direction = Label("direction", ("inbound", "outbound"))
 _way = Label("way", ("direct", "relayed"))
 _plane = Label("plane", ("control", "bulk"))
 _gpu = Label("gpu", bound="GPUs of the machine")
+_hw_id = Label("hw.id", bound="GPUs of the machine")
+_operation = Label("operation", ("find", "provide"))
+_resource = Label("resource", ("cpu", "memory", "gpu", "storage"))
 _request = Label("type", tuple(sorted(one.__name__ for one in get_args(Request))))
 
 # --- every component -----------------------------------------------------------------------------------
 
-CONNECTIONS = Gauge("hypha.network.connections", "{connection}", "Live connections.", _direction, _way)
+CONNECTIONS = Gauge("hypha.network.connections", "connection", "Live connections.", _direction, _way)
 CONNECTIONS_ESTABLISHED = Counter(
-    "hypha.network.connections.established", "{connection}", "Connections that were made.", _direction, _way
+    "hypha.network.connections.established", "connection", "Connections that were made.", _direction, _way
 )
 CONNECTIONS_FAILED = Counter(
     "hypha.network.connections.failed",
-    "{connection}",
+    "connection",
     "Connections that could not be made, or were refused at their handshake.",
     _direction,
     Label("reason", ("unreachable", "timeout", "certificate", "limit", OTHER)),
 )
 CONNECTIONS_LOST = Counter(
     "hypha.network.connections.lost",
-    "{connection}",
+    "connection",
     "Connections that ended.",
     Label("reason", ("closed", "silent", "revoked", "double", "limit", OTHER)),
 )
 STREAMS_REFUSED = Counter(
     "hypha.network.streams.refused",
-    "{stream}",
+    "stream",
     "Streams and requests of peers that had more open than they may; any: of a connection in all.",
     Label("service", ("any", "rpc", "reports", "bulk", "dht", "relay", "gossip", "other")),
 )
-BYTES_SENT = Counter("hypha.network.bytes_sent", "{byte}", "Bytes sent, encrypted.", _plane)
-BYTES_RECEIVED = Counter("hypha.network.bytes_received", "{byte}", "Bytes received, encrypted.", _plane)
+BYTES_SENT = Counter("hypha.network.bytes_sent", "byte", "Bytes sent, encrypted.", _plane)
+BYTES_RECEIVED = Counter("hypha.network.bytes_received", "byte", "Bytes received, encrypted.", _plane)
 ROUND_TRIP = Gauge(
-    "hypha.network.round_trip", "{second}", "Round trip to a peer, smoothed over its pings.", _peer
+    "hypha.network.round_trip", "second", "Round trip to a peer, smoothed over its pings.", _peer
 )
-GOSSIP_MESH = Gauge("hypha.gossip.mesh.peers", "{peer}", "Peers in the gossip mesh.")
+GOSSIP_MESH = Gauge("hypha.gossip.mesh.peers", "peer", "Peers in the gossip mesh.")
 GOSSIP_MESSAGES = Counter(
     "hypha.gossip.messages",
-    "{message}",
+    "message",
     "Gossip messages.",
     Label("event", ("published", "received", "relayed", "dropped")),
 )
-DHT_ROUTING_TABLE = Gauge("hypha.dht.routing_table.size", "{peer}", "Peers in the DHT's routing table.")
+DHT_ROUTING_TABLE = Gauge("hypha.dht.routing_table.size", "peer", "Peers in the DHT's routing table.")
 DHT_QUERIES = Counter(
     "hypha.dht.queries",
-    "{query}",
+    "query",
     "DHT queries: those this node made, and at gateways those it answered.",
     Label("side", ("client", "server")),
-    Label("operation", ("find", "provide")),
+    _operation,
     _status,
 )
 DHT_QUERY_DURATION = Histogram(
     "hypha.dht.query.duration",
-    "{second}",
     "How long a DHT query of this node took.",
-    Label("operation", ("find", "provide")),
-    bounds=SECONDS,
+    _operation,
 )
 REQUEST_DURATION = Histogram(
     "hypha.rpc.client.duration",
-    "{second}",
     "From asking a peer to its answer; a refusal's code, unreachable, timeout or success.",
     _request,
     Label("status", ("success", "timeout", "cancelled", *_refusals)),
@@ -113,89 +110,77 @@ REQUEST_DURATION = Histogram(
 )
 ANSWER_DURATION = Histogram(
     "hypha.rpc.server.duration",
-    "{second}",
     "From a peer's request to our answer.",
     _request,
     Label("status", ("success", *_refusals)),
     bounds=FAST_SECONDS,
 )
 REPORTS = Counter(
-    "hypha.network.reports", "{report}", "Progress reports.", Label("event", ("sent", "received", "replaced"))
+    "hypha.network.reports", "report", "Progress reports.", Label("event", ("sent", "received", "replaced"))
 )
-TRANSFERS = Gauge("hypha.transfers.active", "{transfer}", "Files on their way.", _direction)
+TRANSFERS = Gauge("hypha.transfers.active", "transfer", "Files on their way.", _direction)
 TRANSFER_DURATION = Histogram(
-    "hypha.transfer.duration",
-    "{second}",
-    "From a file's offer to its acknowledgement.",
-    _transfer,
-    _direction,
-    _status,
-    bounds=SECONDS,
+    "hypha.transfer.duration", "From a file's offer to its acknowledgement.", _transfer, _direction, _status
 )
 TRANSFER_BYTES = Counter(
-    "hypha.transfer.bytes", "{byte}", "Bytes of files that arrived.", _transfer, _direction
+    "hypha.transfer.bytes", "byte", "Bytes of files that arrived.", _transfer, _direction
 )
 PACKED_BYTES = Counter(
     "hypha.transfer.packed.bytes",
-    "{byte}",
+    "byte",
     "Blocks of files that were compressed on their way, before and after; the others do not count.",
     Label("stage", ("before", "after")),
 )
 CAPPED = Counter(
     "hypha.transfer.capped",
-    "{second}",
+    "second",
     "Seconds that transfers, and at a gateway circuits, have waited for a cap of the line ([limits]).",
     _direction,
 )
 CERTIFICATE_EXPIRES = Gauge(
     "hypha.certificate.expires",
-    "{second}",
+    "second",
     "Until the certificate, or a revocation list, expires; negative: since then.",
     Label("file", ("certificate", "issuer", "crl")),
 )
-CLOCK = Gauge("hypha.clock.unix", "{second}", "This machine's time of day, as seconds since 1970.")
+CLOCK = Gauge("hypha.clock.unix", "second", "This machine's time of day, as seconds since 1970.")
 DISK_FREE = Gauge(
     "hypha.disk.free",
-    "{byte}",
+    "byte",
     "Free space where the component writes.",
     Label("place", ("work_dir", "state_dir", "datasets")),
 )
-UPTIME = Gauge("hypha.uptime", "{second}", "Since the component was started.")
+UPTIME = Gauge("hypha.uptime", "second", "Since the component was started.")
 LOG_ENTRIES = Counter(
-    "hypha.log.entries",
-    "{entry}",
-    "Log entries.",
-    Label("level", ("error", "warn", "info", "debug", "trace")),
+    "hypha.log.entries", "entry", "Log entries.", Label("level", ("error", "warn", "info", "debug", "trace"))
 )
 EXPORT_FAILURES = Counter(
     "hypha.telemetry.export.failures",
-    "{failure}",
+    "failure",
     "Batches of telemetry that the collector did not take.",
     Label("signal", ("traces", "metrics", "logs")),
 )
 
 # --- scheduler -----------------------------------------------------------------------------------------
 
-ACTIVE_WORKERS = Gauge("hypha.active.workers", "{worker}", "Workers leased for training.")
-LEASES = Gauge("hypha.scheduler.leases", "{lease}", "Leases that the job holds.", _kind)
-LEASES_WANTED = Gauge("hypha.scheduler.leases.wanted", "{lease}", "Leases that the job wants to hold.", _kind)
-RENEWALS = Counter("hypha.lease.renewals", "{renewal}", "Attempts to renew a lease.", _status)
-RENEWAL_DURATION = Histogram(
-    "hypha.lease.renewal.duration", "{second}", "From an attempt to its answer.", _status, bounds=SECONDS
-)
+ACTIVE_WORKERS = Gauge("hypha.active.workers", "worker", "Workers leased for training.")
+LEASES = Gauge("hypha.scheduler.leases", "lease", "Leases that the job holds.", _kind)
+LEASES_WANTED = Gauge("hypha.scheduler.leases.wanted", "lease", "Leases that the job wants to hold.", _kind)
+RENEWALS = Counter("hypha.lease.renewals", "renewal", "Attempts to renew a lease.", _status)
+RENEWAL_DURATION = Histogram("hypha.lease.renewal.duration", "From an attempt to its answer.", _status)
 LEASES_LOST = Counter(
     "hypha.scheduler.leases.lost",
-    "{lease}",
+    "lease",
     "Leases that ended before the job did.",
     _kind,
     Label("reason", ("expired", "refused", "gone", "revoked", "dropped", OTHER)),
 )
 WORKER_REQUESTS = Counter(
-    "hypha.scheduler.worker.requests", "{request}", "Requests for workers that were published.", _kind
+    "hypha.scheduler.worker.requests", "request", "Requests for workers that were published.", _kind
 )
 OFFERS_RECEIVED = Counter(
     "hypha.scheduler.offers",
-    "{offer}",
+    "offer",
     "Offers of workers, by what became of them.",
     _kind,
     Label(
@@ -205,135 +190,125 @@ OFFERS_RECEIVED = Counter(
 )
 PRICES = Gauge(
     "hypha.scheduler.price",
-    "{price}",
+    "price",
     "What is bid for a worker now, and what all leases that the job holds cost.",
     _kind,
     Label("of", ("bid", "leases")),
 )
 ALLOCATION_WAIT = Gauge(
-    "hypha.scheduler.waiting", "{second}", "How long the job has been short of leases, by kind.", _kind
+    "hypha.scheduler.waiting", "second", "How long the job has been short of leases, by kind.", _kind
 )
 SLICES = Gauge(
-    "hypha.data.slices", "{slice}", "Slices of the dataset in this epoch.", Label("state", SLICE_STATES)
+    "hypha.data.slices", "slice", "Slices of the dataset in this epoch.", Label("state", SLICE_STATES)
 )
 SLICES_ASSIGNED = Counter(
     "hypha.data.slices.assigned",
-    "{slice}",
+    "slice",
     "Slices given to workers.",
     Label("source", ("cached", "fresh", "repeated")),
 )
-EPOCH = Gauge("hypha.data.epoch", "{epoch}", "Epoch that is being trained, from 0.")
-PROVIDERS = Gauge("hypha.data.providers", "{node}", "Data nodes that serve the job's dataset.")
-ROUND = Gauge("hypha.job.round", "{round}", "Rounds applied.")
-ROUNDS = Gauge("hypha.job.rounds", "{round}", "Rounds that the job is to have.")
+EPOCH = Gauge("hypha.data.epoch", "epoch", "Epoch that is being trained, from 0.")
+PROVIDERS = Gauge("hypha.data.providers", "node", "Data nodes that serve the job's dataset.")
+ROUND = Gauge("hypha.job.round", "round", "Rounds applied.")
+ROUNDS = Gauge("hypha.job.rounds", "round", "Rounds that the job is to have.")
 SYNCHRONIZATIONS = Counter(
-    "hypha.job.synchronizations", "{round}", "Rounds applied, those lost later included."
+    "hypha.job.synchronizations", "round", "Rounds applied, those lost later included."
 )
-ROUND_DURATION = Histogram(
-    "hypha.job.round.duration", "{second}", "Of an applied round.", bounds=LONG_SECONDS
-)
-ROUND_AGE = Gauge("hypha.job.round.age", "{second}", "Since the last round was applied, or the job began.")
+ROUND_DURATION = Histogram("hypha.job.round.duration", "Of an applied round.", bounds=LONG_SECONDS)
+ROUND_AGE = Gauge("hypha.job.round.age", "second", "Since the last round was applied, or the job began.")
 ROUND_BYTES = Gauge(
     "hypha.job.round.bytes",
-    "{byte}",
+    "byte",
     "Sent and received for the last round.",
     Label("kind", ("update", "theta")),
 )
-JOB_SAMPLES = Counter("hypha.job.samples", "{sample}", "Samples in applied updates.")
+JOB_SAMPLES = Counter("hypha.job.samples", "sample", "Samples in applied updates.")
 JOB_DURATION = Histogram(
     "hypha.job.duration",
-    "{second}",
     "Of jobs that ended.",
     Label("status", ("done", "failed", "stopped")),
     bounds=LONG_SECONDS,
 )
 JOB_STATE = Gauge(
-    "hypha.job.state", "{job}", "1 for the job's present state, 0 for the others.", Label("state", JOB_STATES)
+    "hypha.job.state", "job", "1 for the job's present state, 0 for the others.", Label("state", JOB_STATES)
 )
-LOSS = Gauge("hypha.job.loss", "{nat}", "Mean loss of the last round.")
-WORKER_LOSS = Gauge("hypha.worker.loss", "{nat}", "A worker's loss in its last round.", _worker)
+LOSS = Gauge("hypha.job.loss", "nat", "Mean loss of the last round.")
+WORKER_LOSS = Gauge("hypha.worker.loss", "nat", "A worker's loss in its last round.", _worker)
 UPDATE_NORM = Gauge(
-    "hypha.worker.update.norm", "{weight}", "L2 norm of a worker's last pseudo-gradient.", _worker
+    "hypha.worker.update.norm", "weight", "L2 norm of a worker's last pseudo-gradient.", _worker
 )
 UPDATE_COSINE = Gauge(
     "hypha.worker.update.cosine",
-    "{cosine}",
+    "cosine",
     "Between a worker's last pseudo-gradient and the mean of all, estimated.",
     _worker,
 )
-BATCH_TIME = Gauge("hypha.worker.batch.time", "{second}", "Smoothed time of a worker's batches.", _worker)
+BATCH_TIME = Gauge("hypha.worker.batch.time", "second", "Smoothed time of a worker's batches.", _worker)
 IDLE = Gauge(
     "hypha.worker.idle.ratio",
-    "{ratio}",
+    "ratio",
     "Smoothed share of a worker's rounds from its last batch to the first of the next round.",
     _worker,
 )
 GOODPUT = Gauge(
-    "hypha.job.goodput",
-    "{sample_per_second}",
-    "Samples that count, by wall clock, since the scheduler began.",
+    "hypha.job.goodput", "sample_per_second", "Samples that count, by wall clock, since the scheduler began."
 )
 GOODPUT_SECONDS = Counter(
     "hypha.job.goodput.seconds",
-    "{second}",
+    "second",
     "Worker seconds of training that counts, in rounds before the newest checkpoint.",
 )
 BADPUT_SECONDS = Counter(
     "hypha.job.badput.seconds",
-    "{second}",
+    "second",
     "Worker seconds that were no training which counts, by reason.",
     Label("reason", BADPUT_REASONS),
 )
 FAILURES = Counter(
     "hypha.job.failures",
-    "{failure}",
+    "failure",
     "Executors and workers that were lost or failed.",
     _kind,
     Label("reason", ("lease", "unreachable", "executor", "hang", "refused", "dropped", OTHER)),
 )
 RECOVERY_DURATION = Histogram(
     "hypha.job.recovery.duration",
-    "{second}",
     "After a failure: until it was noticed, until the place was taken again, until the next applied round.",
     Label("phase", ("detect", "replace", "catch-up")),
-    bounds=SECONDS,
 )
-CHECKPOINT_ROUND = Gauge("hypha.checkpoint.round", "{round}", "Round of the newest durable checkpoint.")
-CHECKPOINT_AGE = Gauge("hypha.checkpoint.age", "{second}", "Since the newest checkpoint became durable.")
+CHECKPOINT_ROUND = Gauge("hypha.checkpoint.round", "round", "Round of the newest durable checkpoint.")
+CHECKPOINT_AGE = Gauge("hypha.checkpoint.age", "second", "Since the newest checkpoint became durable.")
 MESSAGES_REFUSED = Counter(
     "hypha.job.messages.refused",
-    "{message}",
+    "message",
     "Messages that changed nothing, being late, repeated or uninvited.",
     Label("reason", bound="words of the round machine"),
 )
 
 # --- worker --------------------------------------------------------------------------------------------
 
-TRAINING_SAMPLES = Counter("hypha.training.samples", "{sample}", "Samples that this worker has trained on.")
-WORKER_JOBS = Gauge("hypha.worker.jobs", "{job}", "Executors that run.", _kind)
+TRAINING_SAMPLES = Counter("hypha.training.samples", "sample", "Samples that this worker has trained on.")
+WORKER_JOBS = Gauge("hypha.worker.jobs", "job", "Executors that run.", _kind)
 EXECUTION_DURATION = Histogram(
     "hypha.job.execution.duration",
-    "{second}",
     "Of an executor, from dispatch to end.",
     _kind,
     _status,
     bounds=LONG_SECONDS,
 )
 EXECUTOR_STARTS = Counter(
-    "hypha.executor.starts", "{process}", "Executors started.", _kind, Label("way", ("warm", "cold"))
+    "hypha.executor.starts", "process", "Executors started.", _kind, Label("way", ("warm", "cold"))
 )
-EXECUTOR_LOADING = Histogram(
-    "hypha.executor.loading.duration", "{second}", "From dispatch to a loaded model.", _kind, bounds=SECONDS
-)
+EXECUTOR_LOADING = Histogram("hypha.executor.loading.duration", "From dispatch to a loaded model.", _kind)
 WORKER_LEASES = Gauge(
     "hypha.worker.leases",
-    "{lease}",
+    "lease",
     "Leases that this worker has given.",
     Label("state", ("temporary", "accepted")),
 )
 WORKER_OFFERS = Counter(
     "hypha.worker.offers",
-    "{request}",
+    "request",
     "Requests for workers received, by what came of them.",
     Label(
         "outcome",
@@ -342,105 +317,84 @@ WORKER_OFFERS = Counter(
 )
 WORKER_PRICE = Gauge(
     "hypha.worker.price",
-    "{price}",
+    "price",
     "What this worker takes for a lease: its floor, its price at rest, the threshold that it asks for "
     "now, and what all of its leases bring.",
     Label("of", ("floor", "rest", "threshold", "leases")),
 )
 WORKER_LOAD = Gauge(
-    "hypha.worker.load", "{ratio}", "The share of this worker's most used resource that is leased, 0 to 1."
+    "hypha.worker.load", "ratio", "The share of this worker's most used resource that is leased, 0 to 1."
 )
-FETCH_DURATION = Histogram(
-    "hypha.data.fetch.duration",
-    "{second}",
-    "Until a slice was fetched and verified.",
-    _status,
-    bounds=SECONDS,
-)
+FETCH_DURATION = Histogram("hypha.data.fetch.duration", "Until a slice was fetched and verified.", _status)
 CACHE_LOOKUPS = Counter(
-    "hypha.data.cache.lookups",
-    "{lookup}",
-    "Slices looked for in the cache.",
-    Label("result", ("hit", "miss")),
+    "hypha.data.cache.lookups", "lookup", "Slices looked for in the cache.", Label("result", ("hit", "miss"))
 )
-CACHE_BYTES = Gauge("hypha.data.cache.bytes", "{byte}", "Size of the slice cache.")
+CACHE_BYTES = Gauge("hypha.data.cache.bytes", "byte", "Size of the slice cache.")
 UPDATE_SEND_DURATION = Histogram(
     "hypha.update.send.duration",
-    "{second}",
     "Gradient transmission: from a pseudo-gradient on disk to its acknowledgement.",
     _status,
-    bounds=SECONDS,
 )
-OUTER_STEP_DURATION = Histogram(
-    "hypha.outer_step.duration", "{second}", "Of closing a round at the parameter server.", bounds=SECONDS
-)
-BROADCAST_DURATION = Histogram(
-    "hypha.broadcast.duration", "{second}", "Until a worker had the new theta.", _status, bounds=SECONDS
-)
-CPU_UTILIZATION = Gauge("hypha.worker.cpu.utilization", "{ratio}", "Of this machine's cores, 0 to 1.")
-MEMORY_USED = Gauge("hypha.worker.memory.used", "{byte}", "Of this machine.")
+OUTER_STEP_DURATION = Histogram("hypha.outer_step.duration", "Of closing a round at the parameter server.")
+BROADCAST_DURATION = Histogram("hypha.broadcast.duration", "Until a worker had the new theta.", _status)
+CPU_UTILIZATION = Gauge("hypha.worker.cpu.utilization", "ratio", "Of this machine's cores, 0 to 1.")
+MEMORY_USED = Gauge("hypha.worker.memory.used", "byte", "Of this machine.")
 EXECUTOR_MEMORY = Gauge(
-    "hypha.executor.memory.used", "{byte}", "Resident, of executors and their children.", _kind
+    "hypha.executor.memory.used", "byte", "Resident, of executors and their children.", _kind
 )
-GPU_UTILIZATION = Gauge("hypha.worker.gpu.utilization", "{ratio}", "Of a GPU, 0 to 1.", _gpu)
-GPU_MEMORY_USED = Gauge("hypha.worker.gpu.memory.used", "{byte}", "Of a GPU.", _gpu)
+GPU_UTILIZATION = Gauge("hypha.worker.gpu.utilization", "ratio", "Of a GPU, 0 to 1.", _gpu)
+GPU_MEMORY_USED = Gauge("hypha.worker.gpu.memory.used", "byte", "Of a GPU.", _gpu)
 RESOURCES_FREE = Gauge(
     "hypha.worker.resources.free",
-    "{unit}",
+    "unit",
     "What could be offered now: cores, and GB of the rest.",
-    Label("resource", ("cpu", "memory", "gpu", "storage")),
+    _resource,
 )
 RESOURCES_CAPACITY = Gauge(
     "hypha.worker.resources.capacity",
-    "{unit}",
+    "unit",
     "What there is to offer: as configured, and no more than this machine has.",
-    Label("resource", ("cpu", "memory", "gpu", "storage")),
+    _resource,
 )
 LIMITS_EXCEEDED = Counter(
     "hypha.executor.limits.exceeded",
-    "{executor}",
+    "executor",
     "Executors that ended for what they took beyond their lease.",
     Label("resource", ("memory", "disk", "processes")),
 )
-SYSTEM_CPU = Gauge("system.cpu.utilization", "{ratio}", "OpenTelemetry's name for the same.")
+SYSTEM_CPU = Gauge("system.cpu.utilization", "ratio", "OpenTelemetry's name for the same.")
 SYSTEM_MEMORY = Gauge(
-    "system.memory.usage", "{byte}", "OpenTelemetry's.", Label("system.memory.state", ("used", "free"))
+    "system.memory.usage", "byte", "OpenTelemetry's.", Label("system.memory.state", ("used", "free"))
 )
-PROCESS_CPU = Gauge("process.cpu.utilization", "{ratio}", "Of this process, in cores.")
-PROCESS_MEMORY = Gauge("process.memory.usage", "{byte}", "Resident, of this process.")
+PROCESS_CPU = Gauge("process.cpu.utilization", "ratio", "Of this process, in cores.")
+PROCESS_MEMORY = Gauge("process.memory.usage", "byte", "Resident, of this process.")
 HW_GPU_UTILIZATION = Gauge(
     "hw.gpu.utilization",
-    "{ratio}",
+    "ratio",
     "OpenTelemetry's name for the same.",
-    Label("hw.id", bound="GPUs of the machine"),
+    _hw_id,
 )
-HW_GPU_MEMORY = Gauge(
-    "hw.gpu.memory.usage", "{byte}", "OpenTelemetry's.", Label("hw.id", bound="GPUs of the machine")
-)
+HW_GPU_MEMORY = Gauge("hw.gpu.memory.usage", "byte", "OpenTelemetry's.", _hw_id)
 
 # --- gateway -------------------------------------------------------------------------------------------
 
-CIRCUITS = Gauge("hypha.relay.circuits", "{circuit}", "Connections that are relayed now.")
+CIRCUITS = Gauge("hypha.relay.circuits", "circuit", "Connections that are relayed now.")
 RESERVATIONS = Gauge(
-    "hypha.relay.reservations", "{reservation}", "Nodes that may be reached through this gateway."
+    "hypha.relay.reservations", "reservation", "Nodes that may be reached through this gateway."
 )
 CIRCUITS_OPENED = Counter(
     "hypha.relay.circuits.opened",
-    "{circuit}",
+    "circuit",
     "Circuits asked for, by what became of them.",
     Label("status", ("accepted", "refused", "unreachable")),
 )
-RELAY_BYTES = Counter("hypha.relay.bytes", "{byte}", "Bytes relayed, both ways.")
+RELAY_BYTES = Counter("hypha.relay.bytes", "byte", "Bytes relayed, both ways.")
 
 # --- data node -----------------------------------------------------------------------------------------
 
-STREAMS = Gauge("hypha.data.streams.active", "{stream}", "Slices being served.")
-SERVED_BYTES = Counter("hypha.data.served.bytes", "{byte}", "Bytes of slices served.", _dataset)
-SLICE_REQUESTS = Counter("hypha.data.slice.requests", "{request}", "Requests for slices.", _dataset, _status)
+STREAMS = Gauge("hypha.data.streams.active", "stream", "Slices being served.")
+SERVED_BYTES = Counter("hypha.data.served.bytes", "byte", "Bytes of slices served.", _dataset)
+SLICE_REQUESTS = Counter("hypha.data.slice.requests", "request", "Requests for slices.", _dataset, _status)
 SERVE_DURATION = Histogram(
-    "hypha.data.serve.duration",
-    "{second}",
-    "From a request for a slice to its acknowledgement.",
-    _dataset,
-    bounds=SECONDS,
+    "hypha.data.serve.duration", "From a request for a slice to its acknowledgement.", _dataset
 )

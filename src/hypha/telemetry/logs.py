@@ -73,7 +73,6 @@ class ContextFilter(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Always true."""
         own = vars(record)
         for name, value in _bound.get().items():
             found = value() if callable(value) else value

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_SERIES = 1000
 #: the value of a label that is not one of those declared
 OTHER = "other"
+#: bounds for what waits for a network
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _OVERFLOW = {"otel.metric.overflow": "true"}
 
 #: labels -> value
@@ -41,8 +43,8 @@ class Label:
 
 
 class Instrument:
-    """One metric. ``unit`` stands in braces, so that the name in Prometheus is the declared one: dots become
-    underscores, and a counter gets ``_total``.
+    """One metric. Its ``unit`` is exported in braces, so that the name in Prometheus is the declared one:
+    dots become underscores, and a counter gets ``_total``.
     """
 
     kind: ClassVar[str]
@@ -53,7 +55,7 @@ class Instrument:
         if name in Instrument.declared:
             raise ValueError(f"{name} is declared twice")
         self.name = name
-        self.unit = unit
+        self.unit = f"{{{unit}}}"
         self.help = help_
         self.labels = labels
         self._known = {label.name: frozenset(label.values) for label in labels}
@@ -115,18 +117,16 @@ class Counter(Instrument):
 
 
 class Histogram(Instrument):
-    """A distribution, in buckets with the upper ``bounds``."""
+    """A distribution of durations, in buckets with the upper ``bounds``."""
 
     kind = "histogram"
 
-    def __init__(
-        self, name: str, unit: str, help_: str, *labels: Label, bounds: Sequence[float] = ()
-    ) -> None:
-        super().__init__(name, unit, help_, *labels)
+    def __init__(self, name: str, help_: str, *labels: Label, bounds: Sequence[float] = SECONDS) -> None:
+        super().__init__(name, "second", help_, *labels)
         self.bounds = tuple(bounds)
 
     def record(self, value: float, /, **labels: str) -> None:
-        """Count ``value``, in the instrument's unit."""
+        """Count ``value``, in seconds."""
         if (sink := self._sink) is not None:
             sink.record(value, self.attributes(labels))
 
@@ -201,13 +201,11 @@ class Gauge(Instrument):
 
 
 def bind(meter: Any) -> None:
-    """Record all that is declared into ``meter``."""
     for instrument in Instrument.declared.values():
         instrument.make(meter)
 
 
 def unbind() -> None:
-    """Record nowhere any more."""
     for instrument in Instrument.declared.values():
         instrument.drop()
 

@@ -20,7 +20,7 @@ import trio
 
 from hypha.runtime import free_bytes, in_thread, wall_time
 from hypha.telemetry import instruments as metrics
-from hypha.telemetry.metrics import Gauge, Reading, Source
+from hypha.telemetry.metrics import Gauge, Reading
 
 logger = logging.getLogger("hypha.telemetry")
 
@@ -222,16 +222,9 @@ class _Gpus:
         for index, identifier, model, handle in self._devices:
             with contextlib.suppress(self._library.NVMLError):
                 memory = self._library.nvmlDeviceGetMemoryInfo(handle)
-                found.append(
-                    GpuReading(
-                        index,
-                        identifier,
-                        self._library.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-                        int(memory.used),
-                        int(memory.total),
-                        model,
-                    )
-                )
+                share = self._library.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                used, total = int(memory.used), int(memory.total)
+                found.append(GpuReading(index, identifier, share, used, total, model))
         return tuple(found)
 
     def _find(self) -> list[tuple[str, str, str, Any]]:
@@ -239,20 +232,13 @@ class _Gpus:
             import pynvml
         except ImportError:
             return []
+        devices = []
         try:
             pynvml.nvmlInit()
-            handles = [
-                pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-            ]
-            devices = [
-                (
-                    str(index),
-                    str(pynvml.nvmlDeviceGetUUID(handle)),
-                    str(pynvml.nvmlDeviceGetName(handle)),
-                    handle,
-                )
-                for index, handle in enumerate(handles)
-            ]
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                identifier, model = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+                devices.append((str(index), str(identifier), str(model), handle))
         except pynvml.NVMLError as exc:
             logger.debug("No GPU is read: %s", exc)
             return []
@@ -270,53 +256,32 @@ async def watch_machine(groups: Callable[[], Mapping[int, str]]) -> AsyncIterato
     """Show the machine, and the executors in ``groups``, meanwhile: leading process -> kind."""
     async with _sampling(MachineReader(groups)) as sampler:
 
-        def source(of: Callable[[MachineReading], Iterable[Reading]]) -> Source:
-            def read() -> Iterable[Reading]:
-                reading = sampler.latest()
-                return [] if reading is None else of(reading)
+        def read(of: Callable[[MachineReading], Iterable[Reading]]) -> Iterable[Reading]:
+            reading = sampler.latest()
+            return [] if reading is None else of(reading)
 
-            return read
-
-        shown: list[tuple[Gauge, Source]] = [
-            (metrics.CPU_UTILIZATION, source(lambda now: [({}, now.cpu)])),
-            (metrics.SYSTEM_CPU, source(lambda now: [({}, now.cpu)])),
-            (metrics.MEMORY_USED, source(lambda now: [({}, now.used_bytes)])),
-            (metrics.SYSTEM_MEMORY, source(_memory)),
-            (
-                metrics.EXECUTOR_MEMORY,
-                source(lambda now: [({"kind": kind}, held) for kind, held in now.executor_bytes.items()]),
-            ),
-            *(
-                (gauge, source(partial(_gpus, gauge)))
-                for gauge in (
-                    metrics.GPU_UTILIZATION,
-                    metrics.GPU_MEMORY_USED,
-                    metrics.HW_GPU_UTILIZATION,
-                    metrics.HW_GPU_MEMORY,
-                )
-            ),
-        ]
         with contextlib.ExitStack() as stack:
-            for gauge, read_gauge in shown:
-                stack.enter_context(gauge.watch(read_gauge))
+            for gauge, of in _SHOWN.items():
+                stack.enter_context(gauge.watch(partial(read, of)))
             yield
 
 
-def _memory(now: MachineReading) -> Iterable[Reading]:
-    return [
+#: ours count GPUs, OpenTelemetry's name them as their driver does
+_SHOWN: Mapping[Gauge, Callable[[MachineReading], Iterable[Reading]]] = {
+    metrics.CPU_UTILIZATION: lambda now: [({}, now.cpu)],
+    metrics.SYSTEM_CPU: lambda now: [({}, now.cpu)],
+    metrics.MEMORY_USED: lambda now: [({}, now.used_bytes)],
+    metrics.SYSTEM_MEMORY: lambda now: [
         ({"system.memory.state": "used"}, now.used_bytes),
         ({"system.memory.state": "free"}, now.free_bytes),
-    ]
-
-
-def _gpus(gauge: Gauge, now: MachineReading) -> Iterable[Reading]:
-    """``gauge`` of each GPU: ours count them, OpenTelemetry's name them as their driver does."""
-    shares = gauge in (metrics.GPU_UTILIZATION, metrics.HW_GPU_UTILIZATION)
-    (label,) = (one.name for one in gauge.labels)
-    return [
-        (
-            {label: gpu.index if label == "gpu" else gpu.identifier},
-            gpu.utilization if shares else gpu.used_bytes,
-        )
-        for gpu in now.gpus
-    ]
+    ],
+    metrics.EXECUTOR_MEMORY: lambda now: [
+        ({"kind": kind}, held) for kind, held in now.executor_bytes.items()
+    ],
+    metrics.GPU_UTILIZATION: lambda now: [({"gpu": gpu.index}, gpu.utilization) for gpu in now.gpus],
+    metrics.GPU_MEMORY_USED: lambda now: [({"gpu": gpu.index}, gpu.used_bytes) for gpu in now.gpus],
+    metrics.HW_GPU_UTILIZATION: lambda now: [
+        ({"hw.id": gpu.identifier}, gpu.utilization) for gpu in now.gpus
+    ],
+    metrics.HW_GPU_MEMORY: lambda now: [({"hw.id": gpu.identifier}, gpu.used_bytes) for gpu in now.gpus],
+}

@@ -14,8 +14,7 @@ from hypha.messages import FinishedSpan
 from hypha.telemetry.metrics import sample
 
 if TYPE_CHECKING:
-    from hypha.telemetry.http.exposition import Exposition
-    from hypha.telemetry.sdk import Telemetry
+    from hypha.telemetry.sdk import Exposition, Telemetry
 
 #: seconds between two readings of the gauges: a third of those between two exports, within these bounds
 LEAST_SAMPLE_S, MOST_SAMPLE_S = 1.0, 5.0
@@ -33,9 +32,9 @@ def telemetry(settings: TelemetrySettings) -> Iterator[None]:
     if not settings.on:
         yield
         return
-    from hypha.telemetry.sdk import start_telemetry
+    from hypha.telemetry.sdk import Telemetry
 
-    started = start_telemetry(settings)
+    started = Telemetry(settings)
     token = _started.set(started)
     try:
         yield

@@ -1,37 +1,48 @@
 """OpenTelemetry's SDK, where the operator wants telemetry; imported only then.
 
-:func:`start_telemetry` makes tracing, metrics and logs of this process go where the settings say, and gives
-the metrics that Prometheus may ask for. Nothing here is in the way of the node: spans and logs wait in
+:class:`Telemetry` makes tracing, metrics and logs of this process go where the settings say, and gives the
+metrics that Prometheus may ask for. Nothing here is in the way of the node: spans and logs wait in
 bounded queues that drop what is too much, exporters work in threads of their own, a collector that is down is
 reported once, and :meth:`Telemetry.close` takes two seconds at most.
+
+The library's own exporters write a line for each batch that fails. Here its loggers are silent; whether a
+batch was taken is read off what ``export`` returns, so there is one warning when a collector begins to fail,
+with the library's last reason, and one line when it takes telemetry again.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opentelemetry import trace
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from opentelemetry.instrumentation.logging.handler import LoggingHandler
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import SpanLimits, TracerProvider, sampling
+from opentelemetry.sdk.trace import Event, ReadableSpan, SpanLimits, TracerProvider, sampling
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 
-from hypha.config.otel import Signal, TelemetrySettings
+from hypha.config.otel import Signal, TelemetrySettings, shown_endpoint
+from hypha.messages import FinishedSpan
 from hypha.telemetry import metrics
-from hypha.telemetry.executors import ExecutorSpanExport
-from hypha.telemetry.exporters import make_exporter
-from hypha.telemetry.http.exposition import Exposition
+from hypha.telemetry.instruments import EXPORT_FAILURES
 from hypha.telemetry.logs import ContextFilter, unreadable
-from hypha.tracing.spans import MAX_TEXT, chosen_identifiers
+from hypha.tracing.spans import MAX_TEXT, chosen_identifiers, context_of
+
+logger = logging.getLogger(__name__)
 
 #: what is not sent by then, once the node has ended, is given up
 CLOSE_S = 2.0
@@ -46,18 +57,162 @@ _SAMPLERS: Mapping[str, Callable[[float], sampling.Sampler]] = {
     "parentbased_always_off": lambda ratio: sampling.DEFAULT_OFF,
     "parentbased_traceidratio": sampling.ParentBasedTraceIdRatio,
 }
+#: signal -> (module below the protocol's package, class)
+_MODULES = {
+    "traces": ("trace_exporter", "OTLPSpanExporter"),
+    "metrics": ("metric_exporter", "OTLPMetricExporter"),
+    "logs": ("_log_exporter", "OTLPLogExporter"),
+}
+_PACKAGES = {"grpc": "proto.grpc", "http/protobuf": "proto.http", "http/json": "json.http"}
+
+
+# --- exporters ------------------------------------------------------------------------------------------
+
+
+def make_exporter(signal: str, settings: Signal, timeout_s: float) -> Any:
+    """The exporter of ``signal``; an export that takes longer than ``timeout_s`` has failed."""
+    module, name = _MODULES[signal]
+    package = f"opentelemetry.exporter.otlp.{_PACKAGES[settings.protocol]}.{module}"
+    make = getattr(importlib.import_module(package), name)
+    headers = dict(settings.headers)
+    exporter = make(endpoint=settings.endpoint, headers=headers, timeout=timeout_s)
+    watched = _Watched(signal, shown_endpoint(settings.endpoint), exporter.export)
+    exporter.export = watched.export
+    return exporter
+
+
+class _LastWords(logging.Handler):
+    """Keeps what the library logged last, and shows it to nobody else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
+_last_words = _LastWords()
+_library = logging.getLogger("opentelemetry")
+_library.handlers[:] = [_last_words]
+_library.setLevel(logging.WARNING)
+_library.propagate = False
+
+
+class _Watched:
+    """Calls ``export``; all of a process's exports of one signal happen in one thread."""
+
+    def __init__(self, signal: str, endpoint: str, export: Any) -> None:
+        self._signal = signal
+        self._endpoint = endpoint
+        self._export = export
+        self._failing = False
+
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        """As the exporter's own. Raises what that raises."""
+        _last_words.text = ""
+        try:
+            result = self._export(*args, **kwargs)
+        except Exception as exc:
+            self._failed(repr(exc))
+            raise
+        if getattr(result, "name", "SUCCESS") == "SUCCESS":
+            self._worked()
+        else:
+            self._failed(_last_words.text)
+        return result
+
+    def _failed(self, reason: str) -> None:
+        EXPORT_FAILURES.add(signal=self._signal)
+        if not self._failing:
+            self._failing = True
+            logger.warning(
+                "The collector at %s does not take %s: %s What is made meanwhile is dropped.",
+                self._endpoint,
+                self._signal,
+                f"{reason.rstrip('. ')}." if reason else "it gave no reason.",
+            )
+
+    def _worked(self) -> None:
+        if self._failing:
+            self._failing = False
+            logger.warning("The collector at %s takes %s again.", self._endpoint, self._signal)
+
+
+# --- what is exported -----------------------------------------------------------------------------------
+
+
+class Exposition:
+    """Metrics as Prometheus asks for them: ``reader`` belongs to a meter provider; :meth:`write` is what it
+    read, as text.
+    """
+
+    def __init__(self) -> None:
+        # one of our own: libraries count in the default one
+        self._registry = CollectorRegistry()
+        self.reader = PrometheusMetricReader(scope_info_enabled=False, registry=self._registry)
+
+    def write(self, accept: str) -> tuple[bytes, str]:
+        """The body and its content type, of the kind that the header ``accept`` asks for. Blocks for some
+        milliseconds.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+class ExecutorSpanExport:
+    """Gives spans of executors to ``processor``: they have no collector, and no secret of one. The service is
+    ``hypha-executor``; all else of the ``resource`` is the worker's.
+    """
+
+    def __init__(self, processor: BatchSpanProcessor, resource: Resource) -> None:
+        self._processor = processor
+        self._resource = resource.merge(Resource({"service.name": "hypha-executor"}))
+        self._scope = InstrumentationScope("hypha")
+
+    def emit(self, spans: Sequence[FinishedSpan]) -> None:
+        """Export ``spans``; never blocks. One whose identifiers are none is left out."""
+        for one in spans:
+            if (found := self._readable(one)) is not None:
+                self._processor.on_end(found)
+
+    def _readable(self, one: FinishedSpan) -> ReadableSpan | None:
+        context = _context(one.trace_id, one.span_id)
+        if context is None:
+            return None
+        links = [trace.get_current_span(context_of(text)).get_span_context() for text in one.links]
+        return ReadableSpan(
+            name=one.name,
+            context=context,
+            parent=_context(one.trace_id, one.parent_id) if one.parent_id else None,
+            resource=self._resource,
+            attributes=one.attributes,
+            events=[Event(event.name, event.attributes, event.time_ns) for event in one.events],
+            links=[Link(link) for link in links if link.is_valid],
+            kind=SpanKind[one.kind.upper()],
+            status=Status(StatusCode[one.status.upper()], one.error or None),
+            start_time=one.start_ns,
+            end_time=one.end_ns,
+            instrumentation_scope=self._scope,
+        )
+
+
+def _context(trace_id: str, span_id: str) -> SpanContext | None:
+    try:
+        found = SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(TraceFlags.SAMPLED))
+    except ValueError:
+        return None
+    return found if found.is_valid else None
 
 
 class Identifiers(RandomIdGenerator):
-    """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing.identifiers`)."""
+    """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing.spans`)."""
 
     def generate_trace_id(self) -> int:
-        """Of a trace that begins here."""
         chosen = chosen_identifiers()
         return chosen[0] if chosen is not None else super().generate_trace_id()
 
     def generate_span_id(self) -> int:
-        """Of any span."""
         chosen = chosen_identifiers()
         return chosen[1] if chosen is not None else super().generate_span_id()
 
@@ -66,11 +221,13 @@ class _Exporting(LoggingHandler):
     """An entry that cannot be read ends nobody: another one says where it is."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called by logging."""
         try:
             super().emit(record)
         except Exception as exc:  # noqa: BLE001 - the edge: whoever logs must not fail for it
             super().emit(unreadable(record, exc))
+
+
+# --- the process ----------------------------------------------------------------------------------------
 
 
 class Telemetry:
@@ -142,11 +299,6 @@ class Telemetry:
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
         metrics.unbind()
-
-
-def start_telemetry(settings: TelemetrySettings) -> Telemetry:
-    """Send and show what ``settings`` say, from now on."""
-    return Telemetry(settings)
 
 
 def _quietly(close: Callable[[], Any]) -> None:

@@ -2,6 +2,12 @@
 
 A span costs a function call while tracing is off. Names are those of :mod:`hypha.tracing.operations`. Trio's
 tasks inherit the current span: start tasks that outlive an operation outside of it.
+
+Some identifiers several processes agree on without asking each other. A round of a job is one trace. Workers
+train, the parameter server sums and the scheduler plans at the same time, and who joins late has not heard
+where the trace began: so its identifiers follow from the job, its generation and the round. Whether it is
+recorded is decided like anywhere else, by a share of all traces (OpenTelemetry's ``TraceIdRatioBased``: of
+the lower 64 bits of the trace's identifier), which the scheduler names when it dispatches.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from opentelemetry import context as contexts
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 #: what attributes may be
 Attribute = str | bool | int | float | Sequence[str]
 
+_SPAN_BYTES, _TRACE_BYTES = 8, 16
 #: characters that one text of a span may have
 MAX_TEXT = 1024
 
@@ -87,12 +95,9 @@ def span(
     *,
     kind: SpanKind = SpanKind.INTERNAL,
     parent: str | None = None,
-    links: Sequence[str] = (),
 ) -> Iterator[Span]:
     """``operation`` goes on meanwhile, as a child of the current span, or of the one that ``parent`` names.
-
-    ``links`` are ``traceparent``s. An exception makes the span an error and goes on its way; a cancellation
-    leaves its status unset.
+    An exception makes the span an error and goes on its way; a cancellation leaves its status unset.
     """
     named = _operation.set(
         str(attributes.get("rpc.method", operation.name)) if attributes else operation.name
@@ -103,7 +108,7 @@ def span(
             with trace_context(parent) if parent is not None else contextlib.nullcontext():
                 yield trace.INVALID_SPAN
             return
-        started = start_span(operation, attributes, kind=kind, parent=parent, links=links)
+        started = start_span(operation, attributes, kind=kind, parent=parent)
         with trace.use_span(started, end_on_exit=True, record_exception=False, set_status_on_exception=False):
             try:
                 yield started
@@ -125,8 +130,8 @@ def start_span(
 ) -> Span:
     """A span that its caller ends, and that is not the current one.
 
-    ``identity`` is a ``traceparent`` with the identifiers that it is to have itself (see
-    :mod:`hypha.tracing.identifiers`); with ``parent`` both are in one trace.
+    ``links`` are ``traceparent``s; ``identity`` is one with the identifiers that it is to have itself
+    (:func:`round_traceparent`, :func:`hop_traceparent`): with ``parent`` both are in one trace.
     """
     token = None
     found = context_of(parent)
@@ -176,3 +181,30 @@ def event(name: str, attributes: Mapping[str, Attribute] | None = None) -> None:
 def _span_context(text: str) -> trace.SpanContext | None:
     found = trace.get_current_span(context_of(text)).get_span_context()
     return found if found.is_valid else None
+
+
+# --- identifiers that several processes agree on -------------------------------------------------------
+
+
+def round_traceparent(job_id: str, generation: int, round_: int, ratio: float) -> str:
+    """The ``traceparent`` of the span of a whole round; ``ratio`` of all rounds is sampled."""
+    name = f"{job_id}/{generation}/{round_}"
+    trace_id, span_id = _digest(name, _TRACE_BYTES), _digest(f"{name}/round", _SPAN_BYTES)
+    sampled = ratio > 0 and int.from_bytes(trace_id[_SPAN_BYTES:]) < round(min(1.0, ratio) * (1 << 64))
+    return f"00-{trace_id.hex()}-{span_id.hex()}-{'01' if sampled else '00'}"
+
+
+def hop_traceparent(parent: str, peer: str) -> str:
+    """The ``traceparent`` of what ``peer`` did as it passed on a message whose sender's was ``parent``.
+
+    A relayed message is signed, so who passes it on cannot write itself into it; who receives it from there
+    knows all the same what the span there is called.
+    """
+    version, trace_id, span_id, flags = parent.split("-")
+    return "-".join((version, trace_id, _digest(f"{span_id}/{peer}", _SPAN_BYTES).hex(), flags))
+
+
+def _digest(text: str, size: int) -> bytes:
+    found = blake2b(text.encode(), digest_size=size).digest()
+    # all zero is no identifier
+    return found if any(found) else b"\x01" * size

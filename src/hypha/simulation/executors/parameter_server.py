@@ -49,7 +49,6 @@ from hypha.simulation.executors.bridge import Bridge
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-    from hypha.executor.bridge.client import BridgeClient
     from hypha.executor.models.model_files import ModelFiles
 
 logger = logging.getLogger("hypha.simulation")
@@ -62,7 +61,7 @@ class SimulatedParameterServer(ParameterServer):
     """It takes ``step_s`` to close a round."""
 
     def __init__(self, bridge: Bridge, job: AggregateJob, nursery: trio.Nursery, step_s: float) -> None:
-        super().__init__(cast("BridgeClient", bridge), job, Traces(job))
+        super().__init__(bridge.client, job, Traces(job))
         self._calls = bridge
         self._nursery = nursery
         self._step_s = step_s
@@ -143,7 +142,7 @@ class _Tasks:
 
 class _TaskBroadcasts(Broadcasts):
     def __init__(self, bridge: Bridge, nursery: trio.Nursery) -> None:
-        super().__init__(cast("BridgeClient", bridge), lambda _: None, lambda _: nullcontext())
+        super().__init__(bridge.client, lambda _: None, lambda _: nullcontext())
         self._calls = bridge
         self._threads = cast("ThreadPoolExecutor", _Tasks(nursery))
 
@@ -161,7 +160,7 @@ class _TaskArchive(Archive):
 
     def __init__(self, bridge: Bridge, job: AggregateJob, changed: Changes) -> None:
         span_of = cast("Any", lambda operation, round_: nullcontext())
-        super().__init__(cast("BridgeClient", bridge), job, Traces(job), span_of, lambda _: None)
+        super().__init__(bridge.client, job, Traces(job), span_of, lambda _: None)
         self._calls = bridge
         self._waiting: deque[Callable[[], Any]] = deque()
         self._working = False
@@ -184,7 +183,6 @@ class _TaskArchive(Archive):
                 self._changed.note()
 
     async def done(self) -> None:
-        """Wait until nothing is left to do."""
         while self._waiting or self._working:
             await self._changed.wait()
 

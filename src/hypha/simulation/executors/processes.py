@@ -58,7 +58,6 @@ class SimulatedExecutors:
     async def __call__(
         self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
     ) -> Exit:
-        """Run one executor to its end."""
         job = handlers.job
         kind = "train" if isinstance(job, TrainJob) else "aggregate"
         process = self._start(kind)
@@ -70,7 +69,7 @@ class SimulatedExecutors:
         async def main() -> None:
             nonlocal code, tail
             code, tail = await self._main(handlers, launch.work_dir)
-            process.end()
+            process.kill()
 
         process.on_end.append(ended.set)
         process.spawn(main)

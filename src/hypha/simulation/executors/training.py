@@ -42,7 +42,6 @@ from hypha.node import Changes
 from hypha.simulation.executors.bridge import Bridge
 
 if TYPE_CHECKING:
-    from hypha.executor.bridge.client import BridgeClient
     from hypha.executor.inner.local_model import LocalModel
 
 #: as in hypha.executor.inner.handover
@@ -84,7 +83,7 @@ class SimulatedTrainer(Trainer):
     def __init__(self, bridge: Bridge, job: TrainJob, batch_s: Callable[[], float], lies: Set[str]) -> None:
         # the real one fetches and builds a model here: its attributes are set without that
         self._calls = bridge
-        self._bridge = cast("BridgeClient", bridge)
+        self._bridge = bridge.client
         self._job, self._traces = job, Traces(job)
         self._inbox = TrainerInbox(job.parameter_server, job.generation)
         self._incarnation = bridge.directory.name
@@ -234,7 +233,7 @@ class _TaskSender(UpdateSender):
         reused: ReusedFiles,
         changed: Changes,
     ) -> None:
-        super().__init__(cast("BridgeClient", bridge), inbox, update, reused, nullcontext)
+        super().__init__(bridge.client, inbox, update, reused, nullcontext)
         self._calls = bridge
         self._changed = changed
 

@@ -34,10 +34,7 @@ from hypha.scheduler.leasing.renewal import (
     Renewed,
 )
 from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
-from hypha.worker.leasing.events import (
-    RenewAsked,
-    RequestReceived,
-)
+from hypha.worker.leasing.events import RenewAsked, RequestReceived
 
 
 @dataclass
@@ -66,8 +63,6 @@ class _Renewing:
 
 @dataclass(frozen=True)
 class Purse:
-    """What a scheduler pays."""
-
     bid: float
     maximum: float
     raise_after_s: float | None = None
@@ -136,7 +131,6 @@ class MarketScheduler:
         self._open([])
 
     def tell(self, event: AllocatorEvent) -> list[AllocatorAction]:
-        """Its allocator; what follows is done."""
         if not self.alive:
             return []
         actions = self.allocator.handle(event, self.market.now)
@@ -183,7 +177,6 @@ class MarketScheduler:
     # --- leases ---------------------------------------------------------------------------------------
 
     def drop(self, lease_id: str, avoid: bool = False) -> None:
-        """Give it back."""
         renewing = self._renewing.pop(lease_id, None)
         self.held.pop(lease_id, None)
         if renewing is not None:

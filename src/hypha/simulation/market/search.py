@@ -20,9 +20,8 @@ from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.resources import fits
 from hypha.scheduler.leasing.events import SearchTimes
-from hypha.simulation.market.market import Market
+from hypha.simulation.market.market import Market, MarketWorker
 from hypha.simulation.market.scheduler import MarketJob, MarketScheduler, Purse
-from hypha.simulation.market.worker import MarketWorker
 
 #: a job that has not begun so long after it first asked starves: jobs last for ten seconds at most, so it
 #: could have been three hundred of them, one after the other
@@ -174,7 +173,6 @@ class _Run:
             self._next_job(scheduler)
 
     def run(self) -> MarketOutcome:
-        """To the end, with all checks."""
         market, problems = self.market, []
         try:
             while market.now < STARVED_S and (market.now < 10.0 or self._busy()):

@@ -28,8 +28,6 @@ class SimulatedMachine:
 
 @dataclass(eq=False)
 class SimulatedFlow:
-    """A file on its way."""
-
     stages: tuple[tuple[SimulatedMachine, str], ...]
     hops: tuple[tuple[str, str], ...]
     left: float

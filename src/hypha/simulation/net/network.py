@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from hypha.errors import PeerUnreachable
+from hypha.node import Changes
 from hypha.simulation.net.lines import SimulatedFlow, SimulatedMachine, share_lines
 
 if TYPE_CHECKING:
@@ -53,11 +54,9 @@ class SimulatedConnection:
 
     @property
     def dialled_by(self) -> str:
-        """The end that made it."""
         return next(iter(self.ends))
 
     def other(self, peer: str) -> str:
-        """The end that ``peer`` is not."""
         return next(one for one in self.ends if one != peer)
 
 
@@ -74,13 +73,9 @@ class SimulatedNetwork:
         self._connections: dict[tuple[str, str], SimulatedConnection] = {}
         self._dialing: dict[tuple[str, str], trio.Event] = {}
         self._flows: list[SimulatedFlow] = []
-        self._changed = trio.Event()
+        self._changed = Changes()
         #: bytes of files that arrived
         self.carried = 0
-
-    def add(self, machine: SimulatedMachine) -> None:
-        """Connect a machine to the network."""
-        self.machines[machine.peer] = machine
 
     def start(self, call: Callable[[], object]) -> None:
         """Have something happen outside of all processes."""
@@ -91,28 +86,23 @@ class SimulatedNetwork:
     def cut(self, source: str, target: str) -> None:
         """Nothing from ``source`` reaches ``target`` any more. Cuts are counted: each is mended apart."""
         self._cuts[source, target] = self._cuts.get((source, target), 0) + 1
-        self._note()
+        self.touch()
 
     def mend(self, source: str, target: str) -> None:
-        """Undo one :meth:`cut`."""
         left = self._cuts.get((source, target), 0) - 1
         if left > 0:
             self._cuts[source, target] = left
         else:
             self._cuts.pop((source, target), None)
-        self._note()
+        self.touch()
 
     def touch(self) -> None:
         """A line's speed, or somebody's state, has changed."""
-        self._note()
+        self._changed.note()
 
     def is_open(self, source: str, target: str) -> bool:
         """Do packets get through from ``source`` to ``target``?"""
         return (source, target) not in self._cuts
-
-    def _note(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
     # --- messages -----------------------------------------------------------------------------------
 
@@ -221,7 +211,6 @@ class SimulatedNetwork:
         return connection
 
     def hops(self, connection: SimulatedConnection, source: str) -> tuple[tuple[str, str], ...]:
-        """The way of a message from ``source`` over it."""
         return _hops(source, connection.other(source), connection.relay)
 
     def drop(self, connection: SimulatedConnection, peer: str, reason: str = "the connection broke") -> None:
@@ -263,7 +252,7 @@ class SimulatedNetwork:
             if any(machine.peer == node.peer_id for machine, _ in flow.stages):
                 flow.broken = True
                 flow.done.set()
-        self._note()
+        self.touch()
 
     def _silent(self, connection: SimulatedConnection, peer: str) -> bool:
         """Does nothing come to ``peer`` from the other end?"""
@@ -329,7 +318,7 @@ class SimulatedNetwork:
             raise SimulatedLinkBroken("it could not be begun")
         flow.moved_at = trio.current_time()
         self._flows.append(flow)
-        self._note()
+        self.touch()
         try:
             while not flow.done.is_set():
                 with trio.move_on_after(max(_LOOK_S, stall_s / 4)):
@@ -340,13 +329,12 @@ class SimulatedNetwork:
         finally:
             if flow in self._flows:
                 self._flows.remove(flow)
-                self._note()
+                self.touch()
         if flow.broken:
             raise SimulatedLinkBroken("the other end is gone")
         self.carried += size
 
     def _moves(self, flow: SimulatedFlow) -> bool:
-        """Whether its way is open, and nobody on it frozen."""
         ends = (peer for hop in flow.hops for peer in hop if peer in self.nodes)
         return all(self.is_open(*hop) for hop in flow.hops) and not any(
             self.nodes[peer].process.frozen for peer in ends
@@ -357,9 +345,8 @@ class SimulatedNetwork:
         while True:
             share_lines(self._flows, self._moves)
             ends = [flow.left / flow.rate for flow in self._flows if flow.rate > 0]
-            changed = self._changed
             with trio.move_on_after(min(ends, default=math.inf)):
-                await changed.wait()
+                await self._changed.wait()
             now = trio.current_time()
             for flow in self._flows:
                 if flow.rate > 0 and now > then:

@@ -32,12 +32,15 @@ from hypha.messages import (
 )
 from hypha.node import Changes, ConnectionInfo, PeerLost
 from hypha.runtime import chance
-from hypha.simulation.net.answers import SimulatedAnswers
-from hypha.simulation.net.directory import SimulatedDirectory
-from hypha.simulation.net.gossip import SimulatedGossip, put_nowait
 from hypha.simulation.net.lines import SimulatedMachine
 from hypha.simulation.net.network import SimulatedNetwork
-from hypha.simulation.net.reports import SimulatedReports
+from hypha.simulation.net.services import (
+    Listeners,
+    SimulatedAnswers,
+    SimulatedDirectory,
+    SimulatedGossip,
+    SimulatedReports,
+)
 from hypha.simulation.net.transfers import SimulatedTransfers
 from hypha.simulation.process import ProcessGone, SimulatedProcess
 from hypha.telemetry import health_of
@@ -51,8 +54,6 @@ _responses = msgspec.msgpack.Decoder(ResponseEnvelope)
 
 @dataclass(frozen=True)
 class SimulatedOptions:
-    """What a node was opened with."""
-
     component: str
     gateways: tuple[str, ...] = ()
     hop: bool = False
@@ -68,7 +69,6 @@ class _Exchange:
         self.error: Exception | None = None
 
     def fail(self, error: Exception) -> None:
-        """It came to nothing."""
         if not self.done.is_set():
             self.error = error
             self.done.set()
@@ -76,7 +76,9 @@ class _Exchange:
 
 
 class SimulatedNode:
-    """Made by :func:`open_simulated_node`, in the process that it is of."""
+    """Made by :func:`open_simulated_node`, in the process that it is of. What has no description here is
+    described in :class:`hypha.node.Node`.
+    """
 
     def __init__(
         self,
@@ -107,7 +109,8 @@ class SimulatedNode:
         self._book: dict[str, PeerRef] = {peer: _ref(peer) for peer in options.gateways}
         self._met: dict[str, frozenset[str]] = {}
         self._gateway: str | None = None
-        self._watchers: dict[trio.MemorySendChannel[PeerLost], None] = {}
+        self._watchers = Listeners[PeerLost](4096)
+        self.watch_peers = self._watchers.listen
         self.answer(Health, self._health)
 
     # --- who and where ------------------------------------------------------------------------------
@@ -118,27 +121,22 @@ class SimulatedNode:
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since it was opened."""
         return trio.current_time() - self._opened
 
     @property
     def gateway(self) -> str | None:
-        """PeerID of the active gateway."""
         return self._gateway
 
     def ref(self) -> PeerRef:
-        """This node and where it is reached."""
         direct = () if self.machine.behind_nat else (f"/sim/{self.peer_id}",)
         circuits = () if self._gateway is None else (f"/sim/{self._gateway}/p2p-circuit",)
         return PeerRef(peer=self.peer_id, addresses=(*direct, *circuits))
 
     def learn(self, ref: PeerRef) -> None:
-        """Remember the addresses of a peer."""
         if ref.addresses and ref.peer != self.peer_id:
             self._book[ref.peer] = ref
 
     def roles_of(self, peer: str) -> frozenset[str]:
-        """Roles of a peer that is or was connected; PeerUnreachable when it never was."""
         try:
             return self._met[peer]
         except KeyError:
@@ -146,11 +144,9 @@ class SimulatedNode:
 
     @property
     def organization(self) -> str:
-        """The organisation that vouches for this node."""
         return self.network.machines[self.peer_id].organization
 
     def organization_of(self, peer: str) -> str:
-        """The organisation of a peer that is or was connected; PeerUnreachable when it never was."""
         self.roles_of(peer)
         return self.network.machines[peer].organization
 
@@ -174,12 +170,10 @@ class SimulatedNode:
         return found
 
     def is_connected(self, peer: str) -> bool:
-        """Whether a connection to ``peer`` is live."""
         return self.network.connection(self.peer_id, peer) is not None
 
     async def connect(self, peer: PeerRef | str) -> None:
-        """Be connected; PeerUnreachable when that cannot be."""
-        await self.ask_there(self._known(peer), None, None)
+        await self.ask_there(self.known(peer), None, None)
 
     def connected(self, peer: str) -> None:
         """Called by the network."""
@@ -195,21 +189,10 @@ class SimulatedNode:
         if peer == self._gateway:
             self._gateway = None
             self.gateway_changed.note()
-        for channel in list(self._watchers):
-            put_nowait(channel, PeerLost(peer))
+        self._watchers.tell(PeerLost(peer))
 
-    @asynccontextmanager
-    async def watch_peers(self) -> AsyncIterator[trio.MemoryReceiveChannel[PeerLost]]:
-        """A channel that says when the last connection to a peer ended."""
-        send, receive = trio.open_memory_channel[PeerLost](4096)
-        self._watchers[send] = None
-        try:
-            yield receive
-        finally:
-            self._watchers.pop(send, None)
-            send.close()
-
-    def _known(self, peer: PeerRef | str) -> str:
+    def known(self, peer: PeerRef | str) -> str:
+        """The PeerID of ``peer``, whose addresses are remembered."""
         if isinstance(peer, PeerRef):
             self.learn(peer)
             return peer.peer
@@ -218,8 +201,7 @@ class SimulatedNode:
     # --- requests -----------------------------------------------------------------------------------
 
     async def request(self, peer: PeerRef | str, request: Request, timeout_s: float = 10.0) -> Response:
-        """Ask ``peer``. Raises Refused, PeerUnreachable, RequestTimeout."""
-        name = self._known(peer)
+        name = self.known(peer)
         payload = msgspec.msgpack.encode(RequestEnvelope(body=request))
         answer = await self.ask_there(
             name, lambda node: node.answers.serve(self.peer_id, payload), timeout_s, len(payload)
@@ -307,11 +289,9 @@ class SimulatedNode:
     # --- gateways -----------------------------------------------------------------------------------
 
     def connected_gateways(self) -> list[str]:
-        """Of its gateways, those that it is connected to."""
         return [one for one in self.options.gateways if self.is_connected(one)]
 
     async def wait_connected(self) -> None:
-        """Return when a gateway is connected; at once when none is configured."""
         while self.options.gateways and self._gateway is None:
             await self.gateway_changed.wait()
 

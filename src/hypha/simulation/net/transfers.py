@@ -59,7 +59,7 @@ class _Inbound:
 
 
 class SimulatedTransfers:
-    """Of one node."""
+    """Of one node; see :class:`hypha.node.Transfers`."""
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
@@ -83,7 +83,6 @@ class SimulatedTransfers:
         self._providers[kind] = provider
 
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        """Take files of ``kind``; the returned function stops that."""
         key = (kind, job_id)
         if key in self._acceptors:
             raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
@@ -103,10 +102,7 @@ class SimulatedTransfers:
     async def send(
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
-        """Send a file; returns when the receiver has verified and acknowledged it."""
-        name = peer.peer if isinstance(peer, PeerRef) else peer
-        if isinstance(peer, PeerRef):
-            self._node.learn(peer)
+        name = self._node.known(peer)
         token = new_id()
         if name == self._node.peer_id:
             await self.take(name, meta, token, await in_thread(path.read_bytes))
@@ -223,10 +219,7 @@ class SimulatedTransfers:
         max_bytes: int,
         still_s: float | None = None,
     ) -> TransferMeta:
-        """Have ``peer`` send the file that ``request`` names; what it said of it."""
-        name = peer.peer if isinstance(peer, PeerRef) else peer
-        if isinstance(peer, PeerRef):
-            self._node.learn(peer)
+        name = self._node.known(peer)
         request = msgspec.structs.replace(request, token=new_id())
         retries = Retries()
         while True:
@@ -333,5 +326,4 @@ class SimulatedTransfers:
             raise Refused("not-found", f"{request.name} cannot be read: {exc}") from exc
 
     def idle(self) -> bool:
-        """Nothing is under way, and every place is free."""
         return not self._inbound and not self.sending.held and not self.receiving.held

@@ -39,7 +39,7 @@ def foreign_host(scope: Scope, own: str = "localhost") -> str | None:
     if server is None or not _is_loopback(str(server[0])):
         return None
     host = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), None)
-    if host is None or names_address(host) or _without_port(host) == own.lower():
+    if host is None or _names_address(host) or _without_port(host) == own.lower():
         return None
     return f"{host!r} is no address of this machine: ask for 127.0.0.1 or localhost.\n"
 
@@ -50,7 +50,7 @@ def is_loopback(address: str) -> bool:
     return host == "localhost" or _is_loopback(host)
 
 
-def names_address(host: str) -> bool:
+def _names_address(host: str) -> bool:
     """Whether a ``Host`` header is an IP address or ``localhost``, with or without a port."""
     name = _without_port(host).strip("[]")
     if name == "localhost":

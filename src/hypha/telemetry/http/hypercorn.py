@@ -9,7 +9,6 @@ And an error in one connection, of which odd bytes make several, was the end of 
 from __future__ import annotations
 
 import logging
-import math
 
 import h11
 import hypercorn.protocol
@@ -27,7 +26,7 @@ logger = logging.getLogger("hypha.telemetry")
 
 
 class BoundedConfig(Config):
-    """For an address that strangers may reach; for one server, as ``connections`` counts what is open there.
+    """For one server, as ``connections`` counts what is open there; strangers may reach its address.
 
     Whoever takes none of what is written for ``write_timeout_s``, or connects beyond ``max_connections``, is
     disconnected at once.
@@ -41,9 +40,7 @@ class BoundedConfig(Config):
 
 class _Http1(H11Protocol):
     async def _check_protocol(self, event: h11.Request) -> None:
-        # an upgrade may be ignored
-        if not isinstance(self.config, BoundedConfig):
-            await super()._check_protocol(event)
+        """An upgrade may be ignored."""
 
     async def _create_stream(self, request: h11.Request) -> None:
         # there is nothing to change to: whoever asks for it is answered as if they had not
@@ -55,6 +52,7 @@ class _Http1(H11Protocol):
 
 
 class _Server(TCPServer):
+    config: BoundedConfig
     _client_left = False
 
     async def run(self) -> None:
@@ -66,9 +64,6 @@ class _Server(TCPServer):
 
     async def _serve(self) -> None:
         config = self.config
-        if not isinstance(config, BoundedConfig):
-            await super().run()
-            return
         if config.connections >= config.max_connections:
             if not config.refusal_logged:
                 config.refusal_logged = True
@@ -96,10 +91,9 @@ class _Server(TCPServer):
         await super().protocol_send(event)
 
     async def _write(self, data: bytes) -> None:
-        timeout_s = self.config.write_timeout_s if isinstance(self.config, BoundedConfig) else math.inf
         async with self.send_lock:
             try:
-                with trio.move_on_after(timeout_s) as waiting:
+                with trio.move_on_after(self.config.write_timeout_s) as waiting:
                     await self._send_whole(data)
                 if waiting.cancelled_caught:
                     await self.protocol.handle(Closed())

@@ -1,9 +1,8 @@
 """Local HTTP of a node, on the address the operator gave as ``http_address``.
 
-``GET /health`` answers 200 or 503 with the node's health report, ``GET /metrics`` what Prometheus asks for,
-``GET /status`` (where a component has one) a JSON snapshot; on a loopback address also what operators look up
-(``/peers``, ``/leases``). Nothing can be changed through it, and it answers
-from memory, so that a slow reader cannot hold up the node.
+``GET /health`` answers 200 or 503 with the node's health report, ``GET /metrics`` what Prometheus asks for;
+on a loopback address also what operators look up (``/peers``, ``/leases``). Nothing can be changed through
+it, and it answers from memory, so that a slow reader cannot hold up the node.
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ KEEP_ALIVE_S = 30.0
 async def serve_http(
     address: str,
     health: Callable[[], HealthReport],
-    status: Callable[[], object] | None = None,
     routes: Sequence[Route] = (),
     lookups: Mapping[str, Callable[[], object]] = MappingProxyType({}),
     *,
@@ -47,9 +45,9 @@ async def serve_http(
 ) -> None:
     """Serve ``host:port`` (port 0: any free one) until cancelled; started with the actual ``host:port``.
 
-    ``health`` and ``status`` are called for each request, in the trio thread; ``status`` returns anything
-    msgspec can write as JSON. ``routes`` are served besides; ``lookups``, by name, as ``status`` is, but only
-    where nobody beyond this machine can ask. Whoever does not read is disconnected, and the number of
+    ``health`` and ``lookups``, by name, are called for each request, in the trio thread; a lookup returns
+    anything msgspec can write as JSON, and is only told where nobody beyond this machine can ask. ``routes``
+    are served besides. Whoever does not read is disconnected, and the number of
     connections is bounded: see :class:`BoundedConfig`. Over loopback the ``Host`` header must name this
     machine: see :class:`~hypha.telemetry.http.hosts.LocalNames`. Raises ConfigError when the address cannot
     be bound.
@@ -69,13 +67,6 @@ async def serve_http(
             return Response(body, 200, headers={"content-type": content_type})
 
         served.append(Route("/metrics", get_metrics))
-    if status is not None:
-        snapshot = status
-
-        async def get_status(_: Request) -> Response:
-            return _json(snapshot(), 200)
-
-        served.append(Route("/status", get_status))
     served += [_lookup(name, look, is_loopback(address)) for name, look in lookups.items()]
     config = BoundedConfig()
     # bound here: hypercorn would leave the socket open when it cannot be

@@ -9,8 +9,6 @@ without the internet.
 ``assets/uPlot.*`` is uPlot 1.6.32, unchanged, under the licence beside it.
 """
 
-from hypha.telemetry.page.access import Access, token_in
-from hypha.telemetry.page.feed import Message, PageFeed
-from hypha.telemetry.page.routes import page_routes, worker_routes
+from hypha.telemetry.page.serving import Access, Message, PageFeed, page_routes, token_in, worker_routes
 
 __all__ = ["Access", "Message", "PageFeed", "page_routes", "token_in", "worker_routes"]

@@ -37,7 +37,7 @@ from hypha.errors import DataError, HyphaError, IdentityError, Undecodable
 from hypha.net.sockets import buffer_shortfalls
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 from hypha.runtime import free_bytes, in_thread
-from hypha.telemetry.versions import versions
+from hypha.telemetry.health import versions
 from hypha.worker.limits.detecting import DetectedMachine, detect
 
 DISK_S = 30.0

@@ -2,10 +2,9 @@
 // JobSnapshot of the scheduler. A field that has its default may be missing.
 
 import { Charts } from "/assets/charts.js";
-import { bars, clock, duration, fill, learn, loss, make, number, peer, put } from "/assets/text.js";
+import { bars, clock, duration, fill, get, hardware, learn, loss, make, n, number, peer, put } from "/assets/text.js";
 import { legend, timeline } from "/assets/timeline.js";
 
-const get = (id) => document.getElementById(id);
 const MAX_ROUNDS_SHOWN = 100;
 const MAX_FAULTS_SHOWN = 8;
 const RETRY_MS = 5000;
@@ -181,7 +180,6 @@ function list(box, lines, nothing) {
   );
 }
 
-const n = (text) => ({ text, className: "n" });
 const mono = (text, title = "") => ({ text, className: "mono", title });
 
 function workers() {
@@ -200,16 +198,6 @@ function workers() {
     n(loss(worker.loss)),
   ]);
   fill(get("workers"), rows, "No worker takes part yet.", 9);
-}
-
-function hardware(lease) {
-  const parts = [
-    [lease.cpu, lease.cpu === 1 ? "core" : "cores"],
-    [lease.memory, "GB memory"],
-    [lease.gpu, "GB GPU"],
-    [lease.storage, "GB storage"],
-  ];
-  return parts.filter(([amount]) => amount).map(([amount, unit]) => `${amount} ${unit}`).join(", ") || "–";
 }
 
 function ends(lease) {

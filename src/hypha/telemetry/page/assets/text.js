@@ -31,6 +31,22 @@ export function duration(seconds) {
 
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 
+// Of a lease or an offer; `shown` writes one amount.
+export function hardware(amounts, shown = String) {
+  const parts = [
+    [amounts.cpu, amounts.cpu === 1 ? "core" : "cores"],
+    [amounts.memory, "GB memory"],
+    [amounts.gpu, "GB GPU"],
+    [amounts.storage, "GB storage"],
+  ];
+  return parts.filter(([amount]) => amount).map(([amount, unit]) => `${shown(amount)} ${unit}`).join(", ") || "–";
+}
+
+export const get = (id) => document.getElementById(id);
+
+// A cell of numbers.
+export const n = (text) => ({ text, className: "n" });
+
 export function put(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

@@ -1,24 +1,12 @@
 // The page of a worker. It asks for /leases (GivenLeases of the worker) and /health every two seconds. Leases are
 // told on this machine alone; elsewhere the page shows the health.
 
-import { bars, duration, fill, learn, number, peer, put } from "/assets/text.js";
+import { bars, duration, fill, get, hardware, learn, n, number, peer, put } from "/assets/text.js";
 
-const get = (id) => document.getElementById(id);
 const EVERY_MS = 2000;
 const PATIENCE_MS = 10000;
 
-const n = (text) => ({ text, className: "n" });
-
-function hardware(amounts) {
-  const parts = [
-    [amounts.cpu, amounts.cpu === 1 ? "core" : "cores"],
-    [amounts.memory, "GB memory"],
-    [amounts.gpu, "GB GPU"],
-    [amounts.storage, "GB storage"],
-  ];
-  return parts.filter(([amount]) => amount).map(([amount, unit]) => `${number(amount, amount % 1 ? 2 : 0)} ${unit}`).join(", ") || "–";
-}
-
+const rounded = (value) => number(value, value % 1 ? 2 : 0);
 const amount = (value) => String(Number(value.toPrecision(6)));
 
 function showPrice(price) {
@@ -45,13 +33,13 @@ function showLeases(given) {
       lease.kind === "aggregate" ? "parameter server" : "training",
       lease.job ? `${lease.state}: ${lease.job}` : lease.state,
       n(amount(lease.price)),
-      hardware(lease.resources),
+      hardware(lease.resources, rounded),
       n(duration(lease.expires_in_s)),
       { text: lease.lease.slice(0, 8), className: "mono", title: lease.lease },
     ];
   });
   fill(get("leases"), rows, "Nothing is leased.", 7);
-  put(get("free"), `Free: ${hardware(given.free)}`);
+  put(get("free"), `Free: ${hardware(given.free, rounded)}`);
 }
 
 function showHealth(report) {

@@ -1,6 +1,10 @@
-"""What a node reports of its own health, over local HTTP and to peers who ask."""
+"""What a node reports of itself, over local HTTP and to peers who ask: how it is, and what it runs with."""
 
 from __future__ import annotations
+
+import functools
+import platform
+from importlib import metadata
 
 import trio
 
@@ -8,6 +12,19 @@ from hypha import __version__
 from hypha.features import features_of
 from hypha.messages import HealthReport
 from hypha.node import Node
+
+#: what messages, weights and arithmetic go through
+PACKAGES = (
+    "accelerate",
+    "libp2p",
+    "msgspec",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trio",
+)
 
 
 def health_of(node: Node) -> HealthReport:
@@ -30,3 +47,17 @@ def health_of(node: Node) -> HealthReport:
         details=details,
         features=features_of(node.options.component),
     )
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What to compare when two nodes of one job do not behave alike, by name: ``hypha``, ``python`` and those
+    of :data:`PACKAGES` that are installed. Reads some files the first time.
+    """
+    found = {"hypha": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
