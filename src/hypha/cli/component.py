@@ -15,21 +15,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hypha.cli.options import (
     DEFAULT_CONFIG,
-    CertOption,
     ConfigOption,
-    CrlsOption,
+    IdentityOptions,
     InitOptions,
-    KeyOption,
     LogOptions,
     NetworkOptions,
     SetOption,
-    TrustOption,
+    with_options,
 )
 from hypha.cli.running import identity_of
 from hypha.errors import ConfigError, IdentityError, Problem
@@ -39,8 +37,7 @@ if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
     from hypha.config.reading.layers import Partial
     from hypha.config.reading.loading import Flag
-
-M = TypeVar("M", bound="NodeConfig")
+    from hypha.pki.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -102,31 +99,29 @@ def make_app(
     app.command(name="validate")(validates or validate)
 
     @app.command()
+    @with_options
     def probe(
         address: Annotated[str, typer.Argument(help="Multiaddr, such as /ip4/192.0.2.1/tcp/8080.")],
         config: ConfigOption = None,
-        cert: CertOption = None,
-        key: KeyOption = None,
-        trust: TrustOption = None,
-        crls: CrlsOption = None,
+        *,
+        files: IdentityOptions,
         timeout_ms: Annotated[int, typer.Option("--timeout", help="Milliseconds.", min=1)] = 5000,
     ) -> None:
         """Dial a node, any component's, check its certificate and ask how it is; exit 0 when it is well."""
         from hypha.cli.probing import probe_node
 
-        identity = _probe_identity(program, config, (cert, key, trust, crls))
+        identity = _probe_identity(program, config, files)
         raise typer.Exit(probe_node(address, identity, timeout_ms / 1000))
 
     return app
 
 
-def _probe_identity(program: Program, config: Path | None, given: Sequence[Path | None]) -> Any:
+def _probe_identity(program: Program, config: Path | None, files: IdentityOptions) -> Identity:
     from hypha.pki.identity import IdentityFiles, load_identity
 
-    cert, key, trust, crls = given
-    if cert is not None and key is not None and trust is not None:
-        return load_identity(IdentityFiles(cert, key, trust, crls))
-    if (cert, key, trust) != (None, None, None):
+    if files.cert is not None and files.key is not None and files.trust is not None:
+        return load_identity(IdentityFiles(files.cert, files.key, files.trust, files.crls))
+    if (files.cert, files.key, files.trust) != (None, None, None):
         raise typer.BadParameter("--cert, --key and --trust go together")
     return identity_of(load(program, config, []))
 

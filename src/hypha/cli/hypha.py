@@ -123,17 +123,16 @@ def doctor(
         float | None, typer.Option(help="What the line can carry: are the socket buffers enough?", min=0)
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Look at this machine alone.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Look for what keeps a node from working well: the machine, its certificates, the network around it, a
     job. One line a finding, and how to mend it. Exits with 0 when there is none (or notes), 7 with
     warnings, 8 with errors.
     """
     from hypha.access import ROLES
-    from hypha.cli.doctor import showing
     from hypha.cli.doctor.checks import exit_code_of
     from hypha.cli.doctor.subject import read_subject
-    from hypha.cli.doctor.whole import gather, judge
+    from hypha.cli.doctor.whole import as_json, gather, judge, show
     from hypha.config.job import DatasetRef
     from hypha.config.reading.log_filter import parse_filter
     from hypha.telemetry.logs import configure_logging
@@ -148,7 +147,7 @@ def doctor(
     ref = subject.job.dataset if subject.job is not None else None
     if dataset is not None:
         ref = DatasetRef(dataset=dataset)
-    if not as_json and sys.stderr.isatty():
+    if not json_ and sys.stderr.isatty():
         typer.echo("looking around; this takes some seconds", err=True)
     found = []
 
@@ -160,10 +159,10 @@ def doctor(
     if not found:
         raise typer.Exit(code)
     findings = judge(subject, found[0], None if line_mbit is None else line_mbit * _MBIT)
-    if as_json:
-        typer.echo(showing.as_json(subject, found[0], findings))
+    if json_:
+        typer.echo(as_json(subject, found[0], findings))
     else:
-        showing.show(subject, found[0], findings)
+        show(subject, found[0], findings)
     raise typer.Exit(exit_code_of(findings))
 
 

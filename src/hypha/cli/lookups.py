@@ -189,16 +189,8 @@ async def _find_peer(node: Libp2pNode, config: NodeConfig, peer: str) -> list[Fo
         return []
     _, one = listed[0]
     addresses = dict.fromkeys(address for _, same in listed for address in same.addresses)
-    return [
-        FoundPeer(
-            peer,
-            one.name,
-            one.organization,
-            one.roles,
-            tuple(addresses),
-            tuple(gateway for gateway, _ in listed),
-        )
-    ]
+    gateways = tuple(gateway for gateway, _ in listed)
+    return [FoundPeer(peer, one.name, one.organization, one.roles, tuple(addresses), gateways)]
 
 
 async def _try(node: Libp2pNode, found: FoundPeer, timeout_s: float) -> FoundPeer:

@@ -24,10 +24,16 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any key: KEY=VALUE, such as resources.memory=4. May be repeated."),
 ]
-CertOption = Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")]
-KeyOption = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
-TrustOption = Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")]
-CrlsOption = Annotated[Path | None, typer.Option("--crls", help="Revocation lists.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityOptions:
+    """Where a node's identity lies."""
+
+    cert: Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")] = None
+    key: Annotated[Path | None, typer.Option("--key", help="Its private key.")] = None
+    trust: Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")] = None
+    crls: Annotated[Path | None, typer.Option("--crls", help="Revocation lists.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class NetworkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions(NetworkOptions):
+class InitOptions(IdentityOptions, NetworkOptions):
     """What ``init`` writes for every component, and where."""
 
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = DEFAULT_CONFIG
@@ -73,10 +79,6 @@ class InitOptions(NetworkOptions):
         Path,
         typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem."),
     ] = Path()
-    cert: CertOption = None
-    key: KeyOption = None
-    trust: TrustOption = None
-    crls: CrlsOption = None
 
 
 @dataclass(frozen=True, kw_only=True)

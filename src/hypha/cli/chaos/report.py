@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from hypha.cli.chaos.measuring import (
     TOLERANCE,
@@ -19,6 +18,7 @@ from hypha.cli.chaos.measuring import (
     goodput,
     recovery_s,
 )
+from hypha.cli.printing import add_row, print_line, table_of
 
 
 @dataclass(frozen=True)
@@ -155,26 +155,14 @@ def judge(measured: ChaosMeasurements) -> ChaosReport:
 
 
 def show(console: Console, report: ChaosReport) -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("time", "role", "how", "node", "round", "next round after", "cost"):
-        table.add_column(name, justify="left" if name in ("role", "how", "node") else "right", no_wrap=True)
+    table = table_of("role", "how", "node", right=("time", "round", "next round after", "cost"))
     for row in report.rows:
-        table.add_row(
-            f"{row.at_s:.1f} s",
-            row.role,
-            row.how,
-            row.node,
-            str(row.round),
-            "never" if row.recovery_s is None else f"{row.recovery_s:.1f} s",
-            f"{row.cost_s:.1f} s",
-        )
+        recovery = "never" if row.recovery_s is None else f"{row.recovery_s:.1f} s"
+        at, cost = f"{row.at_s:.1f} s", f"{row.cost_s:.1f} s"
+        add_row(table, row.role, row.how, row.node, at, str(row.round), recovery, cost)
     console.print(table)
     for one in report.ended:
-        console.print(
-            f"{one.name} ended by itself with exit code {one.code}:\n{one.tail}",
-            markup=False,
-            highlight=False,
-        )
+        print_line(console, f"{one.name} ended by itself with exit code {one.code}:\n{one.tail}")
     calm = " and ".join(f"{rate:.0f}" for rate in report.undisturbed) or "-"
     lines = (
         f"Undisturbed: {calm} samples/s, before and after.",
@@ -185,7 +173,7 @@ def show(console: Console, report: ChaosReport) -> None:
         else "The job did not survive.",
     )
     for line in (*lines, *_own_lines(report)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line)
 
 
 def _own_lines(report: ChaosReport) -> list[str]:

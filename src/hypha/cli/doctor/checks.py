@@ -1,7 +1,6 @@
 """All that the doctor can find: a check is what may be found anywhere, a finding is what was found here.
 
-Although long this is one module: most of it is one table, the registry of which docs/troubleshooting.md is
-made, and what it says is read and kept together with its page. Each check has a judge in ``judging/`` that
+Most of it is the table of which docs/troubleshooting.md is made. Each check has a judge in ``judging/`` that
 finds it, and a test that stages its cause (``tests/cli/doctor``). The symptoms are those of the
 specification, in its order, and two more of the machine below a node.
 """

@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,38 +163,32 @@ class LastWarnings(logging.Handler):
         )
 
 
+@dataclass
 class JobPage:
     """What viewers of one job receive. ``warnings`` are asked for with every look, and have no secrets any
     more, nor has ``history``; from what the job itself reports, ``secrets`` are taken out here.
     """
 
-    def __init__(
-        self,
-        job: JobSnapshot,
-        history: History,
-        warnings: Callable[[], tuple[LogLine, ...]],
-        secrets: Collection[str] = (),
-    ) -> None:
-        self._job = job
-        self._history = history
-        self._warnings = warnings
-        self._secrets = secrets
+    job: JobSnapshot
+    history: History
+    warnings: Callable[[], tuple[LogLine, ...]]
+    secrets: Collection[str] = ()
 
     def observe(self, job: JobSnapshot) -> None:
-        self._job = job
+        self.job = job
 
     def status(self) -> JobSnapshot:
         """What ``/status`` answers."""
         return msgspec.structs.replace(
-            self._job,
-            message=named(redacted(self._job.message, self._secrets)),
-            output=redacted(self._job.output, self._secrets),
-            warnings=self._warnings(),
+            self.job,
+            message=named(redacted(self.job.message, self.secrets)),
+            output=redacted(self.job.output, self.secrets),
+            warnings=self.warnings(),
         )
 
     def begin(self) -> Callable[[], Iterable[Message]]:
         """For one viewer: everything at first, then what is new."""
-        history, replaced, number = self._history, -1, 0
+        history, replaced, number = self.history, -1, 0
 
         def news() -> list[Message]:
             nonlocal replaced, number

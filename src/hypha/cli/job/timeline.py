@@ -44,6 +44,9 @@ _NAMES = {
 }
 
 
+Args = dict[str, str | int | float | None]
+
+
 class TraceEvent(Struct):
     """An event of the Chrome trace format: ``X`` has a duration, ``i`` is an instant, ``M`` names something.
     ``ts`` and ``dur`` are in microseconds.
@@ -56,7 +59,7 @@ class TraceEvent(Struct):
     ts: int = 0
     dur: int | UnsetType = UNSET
     s: str | UnsetType = UNSET
-    args: dict[str, str | int | float | None] = {}
+    args: Args = {}
 
 
 def timeline(
@@ -137,9 +140,13 @@ class _RoundTime:
     def microseconds(self, within_s: float) -> int:
         return round((self.at_s + min(within_s, self.length_s)) * 1e6)
 
+    def event(self, name: str, pid: int, tid: int, span: Span, args: Args) -> TraceEvent:
+        begin, end = self.microseconds(span.from_s), self.microseconds(span.to_s)
+        return TraceEvent("X", name, pid, tid, ts=begin, dur=max(0, end - begin), args=args)
+
 
 def _of_round(record: RoundRecord, time: _RoundTime, nodes: dict[str, int]) -> Iterator[TraceEvent]:
-    about: dict[str, str | int | float | None] = {
+    about: Args = {
         "round": record.round + 1,
         "generation": record.generation,
         "samples": record.samples,
@@ -148,32 +155,20 @@ def _of_round(record: RoundRecord, time: _RoundTime, nodes: dict[str, int]) -> I
         "outcome": "done again" if record.discarded else "applied" if record.applied else "cut short",
     }
     whole = Span("waiting", 0.0, time.length_s)
-    yield _complete(f"round {record.round + 1}", _SCHEDULER, 0, time, whole, about)
+    yield time.event(f"round {record.round + 1}", _SCHEDULER, 0, whole, about)
     for worker in record.workers:
-        part: dict[str, str | int | float | None] = {
+        part: Args = {
             "round": record.round + 1,
             "samples": worker.samples,
             "batches": worker.batches,
             "loss": worker.loss,
         }
         for span in worker.spans:
-            yield _complete(span.kind, nodes[worker.peer], _TRACKS[span.kind], time, span, part)
+            yield time.event(span.kind, nodes[worker.peer], _TRACKS[span.kind], span, part)
     for span in record.server_spans if record.server else ():
         track = _SERVER_LOADING if span.kind == "loading" else _TRACKS[span.kind]
-        yield _complete(span.kind, nodes[record.server], track, time, span, {"round": record.round + 1})
+        yield time.event(span.kind, nodes[record.server], track, span, {"round": record.round + 1})
     for fault in record.faults:
         pid = nodes.get(fault.peer, _SCHEDULER)
-        args: dict[str, str | int | float | None] = {"round": record.round + 1, "text": fault.text}
+        args: Args = {"round": record.round + 1, "text": fault.text}
         yield TraceEvent("i", fault.what, pid, 0, ts=time.microseconds(fault.at_s), s="p", args=args)
-
-
-def _complete(
-    name: str,
-    pid: int,
-    tid: int,
-    time: _RoundTime,
-    span: Span,
-    args: dict[str, str | int | float | None],
-) -> TraceEvent:
-    begin, end = time.microseconds(span.from_s), time.microseconds(span.to_s)
-    return TraceEvent("X", name, pid, tid, ts=begin, dur=max(0, end - begin), args=args)
