@@ -68,7 +68,7 @@ class ToyInner:
 
 
 class ToyModel:
-    """Of a :class:`~hypha.executor.inner.local_model.model of an executor` the part that a simulated trainer uses."""
+    """Of a :class:`~hypha.executor.inner.local_model.LocalModel` the part that a simulated trainer uses."""
 
     learning_rate = 0.0
 
