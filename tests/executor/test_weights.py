@@ -40,7 +40,7 @@ LLAMA = {
 
 def pretrained(path: Path, config: dict[str, object] = GPT2, spec: ModelSpec = CAUSAL) -> Path:
     """A source with weights."""
-    models.export(build(spec, directory(path / "fresh", config)), spec, (), path / "trained")
+    models.export(build(spec, directory(path / "fresh", config)), spec, None, path / "trained")
     return path / "trained"
 
 
@@ -234,7 +234,7 @@ def test_every_file_of_the_source_is_exported_but_weights_and_what_is_hidden(tmp
         (source / name).write_text(text)
     # as when the job goes on from a checkpoint, with a parameter server that never had the weights
     model = build(CAUSAL, source, weights=False)
-    names = models.export(model, CAUSAL, [source], tmp_path / "out")
+    names = models.export(model, CAUSAL, source, tmp_path / "out")
     assert set(names) == {*own, "config.json", "model.safetensors"}
     for name, text in own.items():
         assert (tmp_path / "out" / name).read_text() == text

@@ -48,7 +48,7 @@ def language_model(root: Path) -> Path:
     (fresh / "config.json").write_text(json.dumps(config))
     spec = ModelSpec(task="causal-lm", seed=5)
     source = root / "source"
-    models.export(models.build(spec, fresh), spec, (), source)
+    models.export(models.build(spec, fresh), spec, None, source)
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"][::-1].copy()
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})

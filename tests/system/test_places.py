@@ -23,7 +23,7 @@ def pretrained(root: Path) -> Path:
     labels = {str(number): str(number) for number in range(5)}
     source = digits_model(root, id2label=labels)
     spec = ModelSpec(task="image-classification", seed=5)
-    models.export(models.build(spec, source), spec, (), root / "pretrained")
+    models.export(models.build(spec, source), spec, None, root / "pretrained")
     return root / "pretrained"
 
 

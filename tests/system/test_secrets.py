@@ -45,7 +45,7 @@ def keys(pki: Path) -> Iterator[tuple[str, bytes]]:
 
 async def test_no_secret_in_any_line(system: System, tmp_path: Path) -> None:
     source, spec = digits_model(tmp_path), ModelSpec(task="image-classification", seed=5)
-    models.export(models.build(spec, source), spec, (), tmp_path / "pretrained")
+    models.export(models.build(spec, source), spec, None, tmp_path / "pretrained")
     files = {path.name: path.read_bytes() for path in (tmp_path / "pretrained").iterdir()}
     repository = Repository([files], writer=OF_THE_MODEL, private=True)
     hub = Hub({"acme/resnet": repository}, users={OF_THE_OUTPUT: "ada"})

@@ -26,6 +26,7 @@ from hypha.errors import HyphaError, Refused
 from hypha.messages import MAX_SPANS_A_CALL, FinishedSpan, Job, SpanAttribute, SpanEvent
 from hypha.tracing import round_traceparent, span
 from hypha.tracing.operations import Operation
+from hypha.tracing.spans import Attribute
 
 #: Spans that wait to be posted; beyond that new ones are dropped.
 MAX_WAITING = 2048
@@ -55,7 +56,11 @@ class Traces:
         parent = None
         if self._traced is not None:
             parent = round_traceparent(self._job_id, generation, round_, self._traced.ratio)
-        attributes = {"hypha.job": self._job_id, "hypha.job.generation": generation, "hypha.round": round_}
+        attributes: dict[str, Attribute] = {
+            "hypha.job": self._job_id,
+            "hypha.job.generation": generation,
+            "hypha.round": round_,
+        }
         return span(operation, attributes, parent=parent)
 
 

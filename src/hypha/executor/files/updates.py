@@ -56,7 +56,7 @@ def write_update(
 
     Raises :class:`NotFinite` when the model has diverged; then no file is left.
     """
-    metadata = {} if encoding == "none" else {"encoding": encoding}
+    metadata: dict[str, str] = {} if encoding == "none" else {"encoding": encoding}
     scales: dict[str, float] = {}
     if encoding == "int8":
         for name in base.parameters:

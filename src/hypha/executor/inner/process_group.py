@@ -154,7 +154,7 @@ class ProcessGroup:
         for piece, flat, work in under_way:
             if work is not None:
                 work.wait()
-            for gradient, part in zip(piece, flat.split([one.numel() for one in piece]), strict=True):
+            for gradient, part in zip(piece, torch.split(flat, [one.numel() for one in piece]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     # --- ends ---------------------------------------------------------------------------------------
