@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hypha.errors import DataError
 from hypha.executor.files import tensors, updates
+from hypha.executor.files.hashing import Digests
 from hypha.executor.files.theta import Theta
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.outer.step import OuterStep, recorded_in
@@ -64,6 +65,33 @@ class ToyInner:
         self._rows.add_(len(rows))
         self.steps += 1
         return loss
+
+
+class ToyModel:
+    """Of a :class:`~hypha.executor.inner.local_model.TrainedModel` the part that a simulated trainer uses."""
+
+    learning_rate = 0.0
+
+    def __init__(self, steps: int) -> None:
+        self.base = toy_theta()
+        self.local = self.base.copy()
+        self.start_over(steps)
+
+    @property
+    def steps(self) -> int:
+        return self._inner.steps
+
+    def start_over(self, steps: int) -> None:
+        self._inner = ToyInner(self.local, steps)
+
+    def load(self, path: Path) -> Digests:
+        return tensors.read(path, self.base.all(), self.local.all(), quick=True)
+
+    def start_round(self, round: int) -> None:
+        """Nothing in it is random."""
+
+    def batch(self, columns: dict[str, Tensor]) -> Tensor:
+        return self._inner.batch(columns)
 
 
 def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:

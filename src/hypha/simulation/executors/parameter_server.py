@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import trio
-from torch import Tensor
 
 from hypha.errors import CheckpointUnusable, PeerUnreachable, Refused
 from hypha.executor.bridge.refusals import export_waits
@@ -95,7 +94,7 @@ class SimulatedParameterServer(ParameterServer):
         return cast("Directive | ReceivedFile", self._inputs.get_nowait())
 
     async def _load_toy(self) -> None:
-        momentum: dict[str, Tensor] = {}
+        momentum: dict[str, Any] = {}
         self._theta = toy_theta()
         if self._job.restore is not None:
             self._theta, momentum = await self._fetched(self._job.restore)
@@ -105,7 +104,7 @@ class SimulatedParameterServer(ParameterServer):
         self._hashes = tensors.write(self._theta_path(), self._theta.all())
         self._beside = False
 
-    async def _fetched(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
+    async def _fetched(self, reference: Reference) -> tuple[Theta, dict[str, Any]]:
         try:
             fetched = await self._calls.fetch(reference)
         except Refused as exc:

@@ -8,24 +8,21 @@ its update files; what waits is written again.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 import trio
-from torch import Tensor
 
 from hypha.errors import DataError, PeerUnreachable, Refused
 from hypha.executor.bridge.refusals import update_waits
 from hypha.executor.bridge.spans import Traces
-from hypha.executor.files import tensors, updates
-from hypha.executor.files.hashing import Digests
+from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
 from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend
 from hypha.executor.inner.losses import Losses
 from hypha.executor.inner.slices_reader import RowStream, Slice
-from hypha.executor.toy import ToyInner, toy_slice, toy_theta
+from hypha.executor.toy import ToyModel, toy_slice
 from hypha.executor.training import Trainer
 from hypha.messages import (
     Directive,
@@ -49,33 +46,6 @@ _SEND_RETRY_S = 1.0
 _CLAIMED, _BLOWN_UP = 10**12, 1e6
 
 
-class _ToyModel:
-    """The part of a :class:`TrainedModel` that a toy has."""
-
-    learning_rate = 0.0
-
-    def __init__(self, steps: int) -> None:
-        self.base = toy_theta()
-        self.local = self.base.copy()
-        self.start_over(steps)
-
-    @property
-    def steps(self) -> int:
-        return self._inner.steps
-
-    def start_over(self, steps: int) -> None:
-        self._inner = ToyInner(self.local, steps)
-
-    def load(self, path: Path) -> Digests:
-        return tensors.read(path, self.base.all(), self.local.all(), quick=True)
-
-    def start_round(self, round: int) -> None:
-        """Nothing in it is random."""
-
-    def batch(self, columns: dict[str, Tensor]) -> Tensor:
-        return self._inner.batch(columns)
-
-
 class SimulatedTrainer(Trainer):
     """A batch takes ``batch_s()``; what it does wrong stands in ``lies``."""
 
@@ -92,7 +62,7 @@ class SimulatedTrainer(Trainer):
         self._steps_there = job.steps
         self._sender: _TaskSender | None = None
         self._reused = ReusedFiles(bridge.directory / "incoming" / ".spare")
-        self._toy = _ToyModel(job.steps)
+        self._toy = ToyModel(job.steps)
         self._model = cast("TrainedModel", self._toy)
         self._stream = RowStream()
 
@@ -189,7 +159,7 @@ class SimulatedTrainer(Trainer):
             while self._ready is not None and "hoard" not in self._lies:
                 await self._changed.wait()
 
-    async def _train_batch(self, columns: dict[str, Tensor]) -> None:
+    async def _train_batch(self, columns: dict[str, Any]) -> None:
         started = trio.current_time()
         loss = self._model.batch(columns)
         await trio.sleep(self._batch_s())
