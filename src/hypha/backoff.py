@@ -29,12 +29,13 @@ class Backoff:
 
     first_s: float
     longest_s: float = math.inf
+    growth: float = 2.0
     jitter: tuple[float, float] = (0.5, 1.0)
     failures: int = 0
 
     def next_s(self) -> float:
         """An attempt has failed: seconds to wait before the next one."""
-        pause_s = pause_after(self.failures, self.first_s, self.longest_s)
+        pause_s = pause_after(self.failures, self.first_s, self.longest_s, self.growth)
         self.failures += 1
         if self.jitter == NO_JITTER:
             return pause_s

@@ -9,7 +9,7 @@ floating point, so comparisons forgive :data:`TOLERANCE`, a billionth (one byte 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from hypha.messages import Resources
@@ -21,7 +21,7 @@ TOLERANCE = 1e-9
 WEIGHTS = Resources(gpu=25.0, cpu=1.0, memory=0.1, storage=0.01)
 
 _NAMES = ("cpu", "memory", "gpu", "storage")
-_amounts = attrgetter(*_NAMES)
+_amounts: Callable[[Resources], tuple[float, ...]] = attrgetter(*_NAMES)
 
 
 def is_valid(resources: Resources) -> bool:
