@@ -31,7 +31,7 @@ from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, gather_r
 from hypha.cli.doctor.subject import Subject
 from hypha.config.job import DatasetRef
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
-from hypha.data.serving.serve import KIND
+from hypha.data.serving.served import KIND
 from hypha.errors import NetworkError, Refused
 from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, PullFile
