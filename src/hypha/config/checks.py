@@ -119,7 +119,10 @@ def _no_more_than(partial: Partial) -> Found:
         less, more = partial.get(*at, lower), partial.get(*at, upper)
         if less is not None and more is not None and less > more:
             name = f"tuning.{at[1]}.{upper}" if at[0] == "tuning" else upper
-            yield (*at, lower), f"it is more than {name} ({more:g})"
+            yield (
+                (*at, lower),
+                f"it is more than {name} ({more if isinstance(more, int) else format(more, 'g')})",
+            )
 
 
 def _leases(partial: Partial) -> Found:
