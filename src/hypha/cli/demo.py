@@ -187,27 +187,27 @@ def _hand_over(model: Path, output: Path) -> None:
         raise OutputError(f"{output} cannot be written: {exc}") from exc
 
 
+@dataclass
 class Show:
     """Stages and the job's snapshots, to ``console``."""
 
-    def __init__(self, console: Console, live: Live | None) -> None:
-        self._console = console
-        self._live = live
-        self._stage = ""
-        self._panel: RenderableType | None = None
-        self._told: tuple[str, int, str] | None = None
+    console: Console
+    live: Live | None
+    _stage: str = ""
+    _panel: RenderableType | None = None
+    _told: tuple[str, int, str] | None = None
 
     def stage(self, text: str) -> None:
         self._stage = text
-        if self._live is None:
+        if self.live is None:
             self.line(text)
         else:
-            self._update(self._live)
+            self._update(self.live)
 
     def job(self, job: JobSnapshot) -> None:
-        if self._live is not None:
+        if self.live is not None:
             self._panel = job_panel(job)
-            self._update(self._live)
+            self._update(self.live)
             return
         told = (job.state, job.round, job.message)
         if told != self._told:
@@ -220,7 +220,7 @@ class Show:
 
     def line(self, text: str) -> None:
         """A line that stays, above what is live."""
-        print_line(self._console, text)
+        print_line(self.console, text)
 
 
 @contextmanager

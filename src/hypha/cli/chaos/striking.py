@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -115,10 +115,8 @@ class Striker:
     ledger: LedgerFollower
     supervisor: Supervisor
     tell: Callable[[str], None]
-
-    def __post_init__(self) -> None:
-        self.struck: list[InjectedFault] = []
-        self._seen = JobSnapshot(name="")
+    struck: list[InjectedFault] = field(default_factory=list)
+    _seen: JobSnapshot = field(default_factory=lambda: JobSnapshot(name=""))
 
     async def run(self, planned: Sequence[Planned]) -> None:
         began = trio.current_time()

@@ -36,11 +36,11 @@ LEAST_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
 #: as the alerts CertificateExpiresSoon and CrlExpiresSoon
 SOON = timedelta(days=14)
 CRL_SOON = timedelta(days=3)
-_FILES = {"certificate": "cert_pem", "issuer": "trust_pem", "crl": "crls_pem"}
-_WORDS = {
-    "certificate": "this node's certificate",
-    "issuer": "the certificate of the CA above this node's",
-    "crl": "a revocation list",
+#: of what ends: its file, and what it is
+_ENDING = {
+    "certificate": ("cert", "this node's certificate"),
+    "issuer": ("trust", "the certificate of the CA above this node's"),
+    "crl": ("crls", "a revocation list"),
 }
 
 
@@ -202,18 +202,19 @@ def judge_identity(
 def _ending(
     observed: IdentityObservations, what: str, when: str, left: timedelta, renew: str
 ) -> Iterator[Finding]:
-    place = getattr(observed.files, _FILES[what].removesuffix("_pem"))
+    key, words = _ENDING[what]
+    place = getattr(observed.files, key)
     if what == "crl":
         if left < CRL_SOON:
             state = "is out of date since" if left <= timedelta() else "is out of date from"
             yield checks.CRL_OLD.found(
-                f"a revocation list in {place} {state} {when}",
+                f"{words} in {place} {state} {when}",
                 f"`hypha-certutil revoke --ca-cert <ca> --ca-key <key> --crl {place}`, then copy it to all",
             )
     elif left <= timedelta():
-        yield checks.CERTIFICATE_EXPIRED.found(f"{_WORDS[what]} ({place}) ended on {when}", renew)
+        yield checks.CERTIFICATE_EXPIRED.found(f"{words} ({place}) ended on {when}", renew)
     elif left < SOON:
-        yield checks.CERTIFICATE_EXPIRES.found(f"{_WORDS[what]} ({place}) ends on {when}", renew)
+        yield checks.CERTIFICATE_EXPIRES.found(f"{words} ({place}) ends on {when}", renew)
 
 
 def _roles(observed: IdentityObservations, component: str, require_roles: bool) -> Iterator[Finding]:
