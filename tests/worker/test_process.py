@@ -247,14 +247,12 @@ ADOPTS = """
 import sys, trio
 from pathlib import Path
 from hypha.config.environment import child_environment
-from hypha.worker.processes.keepers import Launch, Orphans
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 
 async def main():
-    running = {}
-    orphans = Orphans(lambda: running)
-    orphans.adopt()
-    supervision = Supervision(running=running, orphans=orphans)
+    supervision = Supervision(adopting=True)
+    running = supervision.running
     def launch(*argv):
         return Launch("job", (sys.executable, *argv), child_environment(), Path.cwd())
     async with trio.open_nursery() as nursery:
@@ -475,7 +473,8 @@ async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="hypha.worker.executor")
     fields: dict[str, object] = {"job_id": "job-1", "worker_peer_id": "W"}
-    seen: dict[int, str] = {}
+    supervision = Supervision()
+    seen = supervision.running
     script = """
         import time
         print("WARNING it is slow", flush=True)
@@ -484,7 +483,7 @@ async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
     made = replace(launch(tmp_path, script), output_fields=lambda: fields, kind="aggregate")
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(partial(run_executor, made, stop, 1.0, supervision=Supervision(running=seen)))
+        nursery.start_soon(partial(run_executor, made, stop, 1.0, supervision=supervision))
         await until(lambda: any("it is slow" in record.message for record in caplog.records))
         assert list(seen.values()) == ["aggregate"]
         assert running(next(iter(seen)))

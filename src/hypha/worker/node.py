@@ -18,7 +18,7 @@ from hypha.config.environment import child_environment
 from hypha.config.models import PreemptionConfig, WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
-from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
+from hypha.messages import ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated, lack_of_space
@@ -47,9 +47,8 @@ from hypha.worker.limits.limits import Means, mechanisms, no_cgroups, suffice
 from hypha.worker.limits.quotas import usable_quotas
 from hypha.worker.limits.usage import CorePins
 from hypha.worker.processes.isolation import check_bubblewrap
-from hypha.worker.processes.keepers import Orphans
 from hypha.worker.processes.process import Supervision
-from hypha.worker.processes.warm import ExecutorHost, open_host
+from hypha.worker.processes.warm import open_host
 from hypha.worker.signals import shown
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import ReplicaStore
@@ -72,8 +71,8 @@ async def run_worker(
 ) -> None:
     """Work until cancelled; ``task_status`` gives this node once it listens and receives requests.
     ``emit_spans`` exports the spans of executors, and must not block; without, they record none. ``alone``:
-    this process does nothing else, so it adopts and ends what executors leave behind
-    (:class:`~hypha.worker.processes.keepers.Orphans`), and lets none of this user's processes look into it.
+    this process does nothing else, so it adopts and ends what executors leave behind (:class:`Supervision`),
+    and lets none of this user's processes look into it.
 
     Cancelled, it kills its executors and is gone within 5 s. Raises ConfigError (IdentityError).
     """
@@ -106,17 +105,12 @@ async def run_worker(
         with last:
             async with open_node(options) as node:
                 with first:
-                    running: dict[int, ExecutorClass] = {}
-                    hosts: list[ExecutorHost] = []
-                    orphans = Orphans(lambda: {*running, *(host.pid for host in hosts if host.pid)})
-                    if alone:
-                        orphans.adopt()
-                    async with open_host(config, child_environment(), orphans.starting) as host:
-                        hosts += [] if host is None else [host]
-                        supervision = Supervision(host, running, orphans if alone else None)
+                    supervision = Supervision(adopting=alone)
+                    opening = open_host(config, child_environment(), supervision.starting)
+                    async with opening as supervision.host:
                         backend = ExecutorBackend(partial(run_process, supervision=supervision), emit_spans)
                         disks = watch_disks({"work_dir": [config.work_dir]})
-                        async with disks, watch_machine(lambda: dict(running)):
+                        async with disks, watch_machine(lambda: dict(supervision.running)):
                             node.health_details.append(lambda: words)
                             await serve(config, node, means, backend, task_status=task_status)
 

@@ -1,20 +1,18 @@
 """The keeper of one executor as its worker sees it: started with the executor, or forked by a host.
 
 Both are used alike. A keeper's process group is that of its executor, its output theirs; it runs as long as
-anything of the executor does, and ends as the executor did. :class:`Orphans` are what is left where it was
-killed.
+anything of the executor does, and ends as the executor did.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +21,9 @@ import trio
 from hypha import keeper
 from hypha.messages import ExecutorClass
 
-logger = logging.getLogger("hypha.worker.executor")
-
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.
 KILLED_WITHIN_S = 2.0
-#: A keeper whose host has ended takes so long to end when it has reported.
-_ENDING_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -134,54 +128,3 @@ async def start_keeper(launch: Launch) -> StartedKeeper:
     assert process.stdin is not None
     assert process.stdout is not None
     return StartedKeeper(process, process.stdin, process.stdout)
-
-
-class Orphans:
-    """What is left of an executor whose keeper was killed: adopted by the worker, found, and ended.
-
-    An executor runs as the worker's user, so it can kill its keeper, and children of it that have left its
-    session would run on as nobody's. As the worker is a child subreaper (prctl(2)), the kernel makes them the
-    worker's children. Whatever the worker starts itself shares its session, or is among ``known``, the PIDs
-    of keepers and hosts that run now: any other child is one of these. One is registered there while
-    ``starting`` is held, so that it is never taken for an orphan.
-    """
-
-    def __init__(self, known: Callable[[], Collection[int]]) -> None:
-        self._known = known
-        self.starting = trio.Lock()
-
-    def adopt(self) -> None:
-        """From now on this process adopts them. Raises OSError."""
-        keeper.become_subreaper()
-
-    async def end(self) -> None:
-        """Kill those that there are, with all below them, and wait until they are gone."""
-        async with self.starting:
-            ended: set[int] = set()
-            if self._reap():
-                # a keeper whose host has ended is our child, too, and about to end when it reports that
-                await trio.sleep(_ENDING_S)
-            with trio.move_on_after(KILLED_WITHIN_S):
-                while found := self._reap():
-                    ended.update(found)
-                    for pid in (*found, *(below for one in found for below in keeper.descendants(one))):
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                    await trio.sleep(0.01)
-        if ended:
-            logger.warning(
-                "An executor's keeper was killed; processes %s, which it left behind, were ended.",
-                ", ".join(map(str, sorted(ended))),
-            )
-
-    def _reap(self) -> list[int]:
-        """Those that there are, without those that have ended."""
-        known, session = frozenset(self._known()), os.getsid(0)
-        found = []
-        for pid in keeper.children(os.getpid()):
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):
-                if pid in known or os.getsid(pid) == session:
-                    continue
-                if os.waitpid(pid, os.WNOHANG) == (0, 0):
-                    found.append(pid)
-        return found

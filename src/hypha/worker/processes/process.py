@@ -8,11 +8,12 @@ none of argv, environment, files and log: an executor asks for them over its bri
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -20,11 +21,12 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import ExecutorFailed
+from hypha.keeper import become_subreaper, children, descendants
 from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Reference
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
-from hypha.worker.processes.keepers import KILLED_WITHIN_S, Keeper, Launch, Orphans, OwnExecutor, start_keeper
+from hypha.worker.processes.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, start_keeper
 from hypha.worker.processes.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
@@ -39,6 +41,8 @@ LAUNCHER = "hypha.executor.launch"
 SIGNALLED = 128
 TAIL_LINES = 50
 MAX_LINE_BYTES = 4096
+#: A keeper whose host has ended takes so long to end when it has reported.
+_ENDING_S = 0.1
 #: The kernel takes 128 KiB for one argument.
 MAX_JOB_JSON_BYTES = 100 * 1024
 
@@ -181,15 +185,59 @@ def _level_of(line: str) -> int:
     return {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(line.partition(" ")[0], logging.DEBUG)
 
 
-@dataclass(frozen=True)
 class Supervision:
-    """Who takes part in running an executor: it is forked by ``host`` where that can be, its process group is
-    in ``running`` meanwhile, and ``orphans`` ends what is left of it.
+    """What executors have in common while they run: ``host`` forks them where that can be, and with
+    ``adopting`` what is left of one whose keeper was killed is adopted by this process, found, and ended.
+
+    An executor runs as the worker's user, so it can kill its keeper, and children of it that have left its
+    session would run on as nobody's. As the worker is a child subreaper (prctl(2)), the kernel makes them the
+    worker's children. Whatever the worker starts itself shares its session, or is a keeper or host that runs
+    now: any other child is one of these. Raises OSError.
     """
 
-    host: ExecutorHost | None = None
-    running: dict[int, ExecutorClass] = field(default_factory=dict)
-    orphans: Orphans | None = None
+    def __init__(self, host: ExecutorHost | None = None, adopting: bool = False) -> None:
+        self.host = host
+        #: process groups of executors, which are those of their keepers
+        self.running: dict[int, ExecutorClass] = {}
+        #: held while a keeper or a host is started and not known yet: it is never taken for an orphan
+        self.starting = trio.Lock()
+        self._adopting = adopting
+        if adopting:
+            become_subreaper()
+
+    async def end_orphans(self) -> None:
+        """Kill those that there are, with all below them, and wait until they are gone."""
+        if not self._adopting:
+            return
+        async with self.starting:
+            ended: set[int] = set()
+            if self._orphans():
+                # a keeper whose host has ended is our child, too, and about to end when it reports that
+                await trio.sleep(_ENDING_S)
+            with trio.move_on_after(KILLED_WITHIN_S):
+                while found := self._orphans():
+                    ended.update(found)
+                    for pid in (*found, *(below for one in found for below in descendants(one))):
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    await trio.sleep(0.01)
+        if ended:
+            logger.warning(
+                "An executor's keeper was killed; processes %s, which it left behind, were ended.",
+                ", ".join(map(str, sorted(ended))),
+            )
+
+    def _orphans(self) -> list[int]:
+        """Without those that have ended, which are reaped."""
+        known, session = {*self.running, self.host.pid if self.host else None}, os.getsid(0)
+        found = []
+        for pid in children(os.getpid()):
+            with suppress(ProcessLookupError, ChildProcessError):
+                if pid in known or os.getsid(pid) == session:
+                    continue
+                if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                    found.append(pid)
+        return found
 
 
 async def run_executor(
@@ -207,11 +255,11 @@ async def run_executor(
     """
     began = trio.current_time()
     supervision = supervision or Supervision()
-    host, running, orphans = supervision.host, supervision.running, supervision.orphans
+    host, running = supervision.host, supervision.running
     keeper: Keeper | None = await host.fork(launch) if host is not None else None
     way = "cold" if keeper is None else "warm"
     if keeper is None:
-        async with orphans.starting if orphans is not None else nullcontext():
+        async with supervision.starting:
             keeper = await start_keeper(launch)
             running[keeper.pid] = launch.kind
     EXECUTOR_STARTS.add(kind=launch.kind, way=way)
@@ -229,9 +277,8 @@ async def run_executor(
         return await _attend(keeper, launch, stop, grace_s, kill)
     finally:
         running.pop(keeper.pid, None)
-        if orphans is not None:
-            with trio.CancelScope(shield=True):
-                await orphans.end()
+        with trio.CancelScope(shield=True):
+            await supervision.end_orphans()
 
 
 async def _attend(
