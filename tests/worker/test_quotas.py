@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hypha.beneath import directory_below
 from hypha.config.environment import variable
+from hypha.files.beneath import directory_below
 from hypha.worker.limits import quotas
 from hypha.worker.limits.quotas import ProjectQuotas, Volume, find_volume, set_project, usable_quotas
 

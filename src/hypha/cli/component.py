@@ -31,7 +31,7 @@ from hypha.cli.options import (
 )
 from hypha.cli.running import identity_of
 from hypha.errors import ConfigError, IdentityError, Problem
-from hypha.staging import write_whole
+from hypha.files.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig

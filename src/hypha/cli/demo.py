@@ -29,8 +29,8 @@ from hypha.cli.local.workplace import DATASET, clean_environment, digits_job, op
 from hypha.cli.printing import print_line, write_text
 from hypha.config.environment import child_environment
 from hypha.errors import OutputError
+from hypha.files.staging import StagedDirectory
 from hypha.scheduler.status.snapshot import JobSnapshot
-from hypha.staging import StagedDirectory
 from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hypha.errors import OutputError
+from hypha.files.staging import write_output
 from hypha.naming import legible
-from hypha.staging import write_output
 
 
 def shown(text: str, style: str = "") -> Text:

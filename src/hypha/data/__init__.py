@@ -4,7 +4,7 @@ from hypha.data.manifest import Dataset, load_dataset_directory, read_manifest, 
 from hypha.data.options import PrepareOptions
 from hypha.data.preparing.prepare import Prepared, Survey, prepare, survey
 from hypha.data.serving.serve import run_data
-from hypha.manifests import manifest_hash
+from hypha.rules.manifests import manifest_hash
 
 __all__ = [
     "Dataset",

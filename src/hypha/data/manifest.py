@@ -18,9 +18,9 @@ import msgspec
 from hypha.data.slices import SUFFIX, Ranges, columns_of, describe_slice, hash_file, mode_in
 from hypha.decoding import decode_json
 from hypha.errors import DataError, Problem, SliceCorrupt, Undecodable
-from hypha.manifests import manifest_hash
+from hypha.files.staging import write_whole
 from hypha.messages import ClassNames, Column, Manifest, SliceInfo
-from hypha.staging import write_whole
+from hypha.rules.manifests import manifest_hash
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from hypha.config.tasks import IGNORED
-from hypha.disks import sync
 from hypha.errors import SliceCorrupt
+from hypha.files.disks import sync
 from hypha.messages import Column, ColumnRange
 
 Array = npt.NDArray[Any]

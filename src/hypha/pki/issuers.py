@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from hypha.errors import IdentityError
+from hypha.files.staging import StagedFile
 from hypha.pki.certificates import is_ca, is_self_signed, issued_by, name_of, parse_pem, validity_problem
-from hypha.staging import StagedFile
 
 SigningKey = Ed25519PrivateKey | ed448.Ed448PrivateKey | rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 

@@ -19,8 +19,8 @@ from hypha.backoff import Backoff
 from hypha.config.models import DataConfig, DatasetConfig
 from hypha.data.manifest import Dataset, load_dataset_directory, require_readable, slice_problem
 from hypha.data.serving.served import KIND, ServedDatasets
-from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, NetworkError, Problem
+from hypha.files.disks import lock
 from hypha.messages import DescribeDataset, ListFiles, PeerRef
 from hypha.net import open_node, options_from
 from hypha.node import Node

@@ -18,8 +18,8 @@ from hypha import __version__
 from hypha.data.manifest import Dataset, read_manifest, slice_problem
 from hypha.errors import DataError, Refused
 from hypha.features import features_of
-from hypha.manifests import manifest_hash
 from hypha.messages import DatasetDescription, DescribeDataset, FileList, ListFiles, PullFile, TransferMeta
+from hypha.rules.manifests import manifest_hash
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import SERVE_DURATION, SERVED_BYTES, SLICE_REQUESTS
 from hypha.telemetry.metrics import OTHER

@@ -26,7 +26,7 @@ from torch import Tensor
 from hypha.decoding import decode
 from hypha.errors import DataError, Undecodable
 from hypha.executor.files.reused import ReusedFiles
-from hypha.staging import StagedFile
+from hypha.files.staging import StagedFile
 
 #: Elements handled at a time: 1 MiB of fp32, which stays in the second-level cache.
 CHUNK = 1 << 18

@@ -27,8 +27,8 @@ from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.running import FLUSH_S, exit_code_of, last_words, leave
+from hypha.files.staging import write_whole
 from hypha.messages import ExecutorError, encode_json
-from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.executor.training")
 

@@ -20,9 +20,9 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
-from hypha.contributions import contribution_problem
 from hypha.errors import Refused
 from hypha.messages import AggregateJob, Contribution, Members, ReceivedFile
+from hypha.rules.contributions import contribution_problem
 
 #: rounds whose norms are remembered
 ROUNDS = 4

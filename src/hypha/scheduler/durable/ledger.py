@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, Undecodable
+from hypha.files.staging import write_whole
 from hypha.messages import (
     AggregateJob,
     CheckpointIndex,
@@ -32,11 +33,10 @@ from hypha.messages import (
     TrainJob,
     encode_json,
 )
-from hypha.resources import weighted_capacity
+from hypha.rules.resources import weighted_capacity
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.database import SCHEMA, connect, is_full, with_space
 from hypha.scheduler.leasing.events import LeaseGained, TrackRecord
-from hypha.staging import write_whole
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,13 +13,13 @@ from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Self
 
-from hypha import disks
-from hypha.beneath import relative_path
 from hypha.decoding import decode_json
 from hypha.errors import ConfigError, HyphaError, Problem, Refused, Undecodable
+from hypha.files import disks
+from hypha.files.beneath import relative_path
+from hypha.files.staging import move_directory, write_whole
 from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
 from hypha.net.bulk.files import hash_file
-from hypha.staging import move_directory, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterable
 
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
-from hypha.resources import check
+from hypha.rules.leases import Tick
+from hypha.rules.resources import check
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.events import AllocatorAction, AllocatorEvent, Cause, Search, SearchTimes
 from hypha.scheduler.leasing.giving_way import GivingWay

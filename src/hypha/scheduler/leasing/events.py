@@ -8,8 +8,8 @@ from typing import Literal
 from msgspec import Struct
 
 from hypha import __version__
-from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+from hypha.rules.leases import Tick
 
 #: why an offer was not taken
 Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]

@@ -19,7 +19,6 @@ import trio
 from hypha.errors import NetworkError, Refused
 from hypha.features import Abilities, printable
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import (
     Acknowledged,
     ExecutorClass,
@@ -30,6 +29,7 @@ from hypha.messages import (
     WorkerOffer,
 )
 from hypha.node import Node
+from hypha.rules.leases import Tick
 from hypha.runtime import chance
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import Allocator

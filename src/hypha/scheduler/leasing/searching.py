@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from hypha.features import advice, stated
 from hypha.messages import WorkerOffer
-from hypha.resources import fits, is_valid, weighted_capacity
+from hypha.rules.resources import fits, is_valid, weighted_capacity
 from hypha.scheduler.leasing.events import Cause, Search, SearchTimes, TrackRecord
 
 #: before anything is known of a worker, it is as good as one of which so many rounds went well, and one did

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from hypha.contributions import MOST_COUNT
 from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
+from hypha.rules.contributions import MOST_COUNT
 from hypha.scheduler.rounds.participants import Member, bounded_loss
 from hypha.scheduler.rounds.policy import Rules
 

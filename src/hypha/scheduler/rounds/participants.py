@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hypha.contributions import is_count
 from hypha.messages import PeerRef, Progress
+from hypha.rules.contributions import is_count
 from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 
 #: longest time that a silent worker is believed to go on at its pace, if its batches are shorter

@@ -21,6 +21,7 @@ import trio
 
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
+from hypha.files.staging import write_whole
 from hypha.journal import JournalEntry
 from hypha.messages import LedgerFile
 from hypha.node import Changes
@@ -38,7 +39,6 @@ from hypha.scheduler.status.round_record import (
     with_numbers,
     without_spans,
 )
-from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.scheduler")
 

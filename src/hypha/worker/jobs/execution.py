@@ -14,8 +14,8 @@ import trio
 from hypha.config.environment import child_environment
 from hypha.config.models import ExecutorConfig
 from hypha.errors import HyphaError
-from hypha.leases import Lease
 from hypha.messages import ExecutorError, ExecutorExited, Job
+from hypha.rules.leases import Lease
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded

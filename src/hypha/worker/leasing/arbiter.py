@@ -36,9 +36,9 @@ from msgspec import structs
 
 from hypha.config.offers import OfferConfig
 from hypha.journal import Journal
-from hypha.leases import Denied, Granted, Lease, LeaseBook, LeaseEnded, Renew, Reserve, Revoke, Tick
 from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
-from hypha.resources import add_up, fits, weighted_capacity
+from hypha.rules.leases import Denied, Granted, Lease, LeaseBook, LeaseEnded, Renew, Reserve, Revoke, Tick
+from hypha.rules.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
 from hypha.worker.leasing.ageing import Ageing, FailedOffers, Waiter
 from hypha.worker.leasing.events import (

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import trio
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.leases import Release
 from hypha.messages import Acknowledged, LeaseRenewed, PeerRef, ReleaseLease, RenewLease
 from hypha.node import Node
+from hypha.rules.leases import Release
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span
 from hypha.tracing.operations import SEND_OFFER

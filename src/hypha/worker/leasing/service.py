@@ -15,9 +15,9 @@ from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from hypha.errors import Refused
-from hypha.leases import Bind, Denied, Freed, Granted, Hold, Lease, LeaseEnded, Tick
 from hypha.messages import WorkerOffer, WorkerRequest
 from hypha.node import Changes
+from hypha.rules.leases import Bind, Denied, Freed, Granted, Hold, Lease, LeaseEnded, Tick
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import start_span, traceparent
 from hypha.tracing.operations import EVALUATE

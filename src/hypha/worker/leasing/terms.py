@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hypha.config.offers import OfferConfig
 from hypha.features import OURS, Abilities, printable
 from hypha.messages import ExecutorDescriptor, Resources, WorkerRequest
-from hypha.resources import fits, is_valid
+from hypha.rules.resources import fits, is_valid
 from hypha.worker.leasing.events import Cause
 
 #: a bid below this share of the price counts as this share when requests are put in order: one of nothing

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hypha.resources import TOLERANCE
+from hypha.rules.resources import TOLERANCE
 from hypha.telemetry.resources import GpuReading, read_gpus
 
 GB = 10**9

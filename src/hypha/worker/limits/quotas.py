@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypha.beneath import directory_below
+from hypha.files.beneath import directory_below
 from hypha.runtime import chance
 
 logger = logging.getLogger(__name__)

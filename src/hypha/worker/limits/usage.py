@@ -23,7 +23,7 @@ from typing import Literal
 
 import trio
 
-from hypha.keeper import descendants
+from hypha.processes.keeper import descendants
 from hypha.runtime import in_thread
 
 logger = logging.getLogger(__name__)

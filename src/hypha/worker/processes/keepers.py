@@ -18,8 +18,8 @@ from pathlib import Path
 
 import trio
 
-from hypha import keeper
 from hypha.messages import ExecutorClass
+from hypha.processes import keeper
 
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.

@@ -1,6 +1,6 @@
 """Running one executor: its command, its environment, its output, its end.
 
-Between worker and executor stands a keeper (:mod:`hypha.keeper`) that makes sure that nothing of the executor
+Between worker and executor stands a keeper (:mod:`hypha.processes.keeper`) that makes sure that nothing of the executor
 survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a job are in
 none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
 """
@@ -21,8 +21,8 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import ExecutorFailed
-from hypha.keeper import become_subreaper, children, descendants
 from hypha.messages import AggregateJob, ExecutorClass, HuggingFace, Job, Reference
+from hypha.processes.keeper import become_subreaper, children, descendants
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment

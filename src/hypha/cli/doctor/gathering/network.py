@@ -33,12 +33,12 @@ from hypha.config.job import DatasetRef
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
 from hypha.data.serving.served import KIND
 from hypha.errors import NetworkError, Refused
-from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, PullFile
 from hypha.naming import name_of
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.net.peers.addresses import host_and_port
 from hypha.pki.identity import Identity
+from hypha.rules.manifests import manifest_problem
 from hypha.runtime import in_thread
 from hypha.scheduler.data.datasets import Pins
 
