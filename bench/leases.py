@@ -21,9 +21,9 @@ from bench.nodes import NodeFiles, Pki, child, gateway, options
 from bench.report import Bound, Report, Row
 from hypha.config.job import JobResourcesConfig
 from hypha.config.offers import OfferConfig
-from hypha.leases import Lease
 from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node
+from hypha.rules.leases import Lease
 from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.leasing.leases import LeaseGained
 from hypha.scheduler.leasing.pool import Pool

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hypha.disks import existing, free_bytes, lock, naming
+from hypha.files.disks import existing, free_bytes, lock, naming
 
 
 def test_other_limits_say_what_helps_too() -> None:

@@ -19,8 +19,8 @@ from tests.worker.test_arbiter import arbiter, hear, request
 from hypha.cli.job.rerun import rerun
 from hypha.errors import HyphaError, JobFailed
 from hypha.journal import KEPT_BYTES, Journal, JournalEntry, encode_line, write_entries
-from hypha.leases import Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Progress, Resources, WorkerOffer
+from hypha.rules.leases import Release, Tick
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Gained, LeaseFailed, Offered, Search, Want
 from hypha.scheduler.leasing.renewal import ConnectionLost, Renewal, RenewalFailed, Renewed

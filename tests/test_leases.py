@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hypha.journal import Journal
-from hypha.leases import (
+from hypha.messages import ExecutorClass, ExecutorDescriptor, Resources
+from hypha.rules.leases import (
     Bind,
     BookAction,
     Denied,
@@ -27,8 +28,7 @@ from hypha.leases import (
     Revoke,
     Tick,
 )
-from hypha.messages import ExecutorClass, ExecutorDescriptor, Resources
-from hypha.resources import TOLERANCE, fits
+from hypha.rules.resources import TOLERANCE, fits
 
 TOTAL = Resources(cpu=4, memory=8, gpu=1, storage=10)
 

@@ -47,6 +47,6 @@ except ValueError:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
-        "hypha.left_out.LeftOut: libp2p.transport.quic.connection.QUICConnection is not used by Hypha: "
-        "see hypha.left_out"
+        "hypha.processes.left_out.LeftOut: libp2p.transport.quic.connection.QUICConnection is not used by "
+        "Hypha: see hypha.processes.left_out"
     )

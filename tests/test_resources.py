@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypha.messages import Resources
-from hypha.resources import add_up, batch_size, check, fits, is_valid, left_of, weighted_capacity
+from hypha.rules.resources import add_up, batch_size, check, fits, is_valid, left_of, weighted_capacity
 
 amounts = st.floats(min_value=0, max_value=1e6)
 resources = st.builds(Resources, cpu=amounts, memory=amounts, gpu=amounts, storage=amounts)

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from tests.support.disks import Disk, small_disks
 
-from hypha import staging
-from hypha.disks import is_disk_full
-from hypha.staging import (
+from hypha.files import staging
+from hypha.files.disks import is_disk_full
+from hypha.files.staging import (
     StagedDirectory,
     StagedFile,
     move_directory,
@@ -36,7 +36,7 @@ def names(directory: Path) -> list[str]:
 KILLED_AT_EACH_LINE = """
 import os, signal, sys
 from pathlib import Path
-from hypha import staging
+from hypha.files import staging
 
 target, kind = Path(sys.argv[1]) / "out", sys.argv[2]
 traced = {staging.__file__}
@@ -252,7 +252,7 @@ def test_a_new_file_is_never_put_over_another(
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     if not links:
-        monkeypatch.setattr("hypha.staging.os.link", none_here)
+        monkeypatch.setattr("hypha.files.staging.os.link", none_here)
     write_whole(tmp_path / "new", b"first", exclusive=True)
     with pytest.raises(OSError, match="new"):
         write_whole(tmp_path / "new", b"second", exclusive=True)

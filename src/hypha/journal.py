@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from hypha.staging import StagedFile
+from hypha.files.staging import StagedFile
 
 logger = logging.getLogger("hypha.journal")
 

@@ -20,7 +20,7 @@ from uuid import UUID
 
 import trio
 
-from hypha import disks
+from hypha.files import disks
 
 #: Left to others. More than transfers leave, so that a full disk is noticed here first, by name.
 RESERVE_BYTES = 32 << 20

@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from hypha.journal import Journal, JournalEntry
-from hypha.leases import Freed, Lease, LeaseBook, Tick
 from hypha.messages import ExecutorDescriptor, HealthReport, Resources
+from hypha.rules.leases import Freed, Lease, LeaseBook, Tick
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.status.snapshot import (
     ConnectionSnapshot,

@@ -174,7 +174,7 @@ def test_a_directory_that_cannot_be_written_is_served_all_the_same(
         def refuse(*_: object, **__: object) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("hypha.staging.os.open", refuse)
+        monkeypatch.setattr("hypha.files.staging.os.open", refuse)
     else:
         directory.chmod(0o500)
     try:

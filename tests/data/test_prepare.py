@@ -21,10 +21,10 @@ from hypha.data import PrepareOptions, load_dataset_directory, prepare, verify
 from hypha.data.labels import read_labels
 from hypha.data.manifest import MANIFEST_FILE, read_manifest
 from hypha.data.preparing import staging
-from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable
-from hypha.manifests import manifest_hash
+from hypha.files.disks import lock
 from hypha.messages import ClassNames, Column
+from hypha.rules.manifests import manifest_hash
 
 
 def digits(directory: Path, samples: int = 200) -> tuple[Path, Path]:

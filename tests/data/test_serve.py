@@ -21,8 +21,8 @@ from hypha.data.preparing.staging import Staging
 from hypha.data.serving import serve
 from hypha.data.serving.serve import Shelf, load_datasets
 from hypha.data.serving.served import ServedSlices
-from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, InputUnusable, PeerUnreachable, Refused
+from hypha.files.disks import lock
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,

@@ -30,7 +30,6 @@ from hypha.data.manifest import load_dataset_directory, make_manifest, write_man
 from hypha.executor.files import tensors
 from hypha.executor.outer.checkpoint import MOMENTUM, STATE, THETA, CheckpointState, read_checkpoint
 from hypha.journal import Journal, write_entries
-from hypha.leases import Renew, Tick
 from hypha.messages import (
     CheckpointIndex,
     HoldCheckpoint,
@@ -44,6 +43,7 @@ from hypha.messages import (
 )
 from hypha.net.bulk.files import hash_file
 from hypha.net.discovery.dht import _refs, key_of
+from hypha.rules.leases import Renew, Tick
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
 from hypha.scheduler.durable.checkpoints import CheckpointStore
 from hypha.scheduler.durable.export import Published

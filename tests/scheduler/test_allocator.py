@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypha import __version__
 from hypha.features import NAMES
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import (
     Accept,

@@ -9,8 +9,8 @@ import pytest
 from tests.scheduler.test_allocator import NEED, SERVER, TRAIN, accepted, choose, dismissed, give, offer
 
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import PeerRef, Resources
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import (
     Adopted,

@@ -14,7 +14,6 @@ from tests.scheduler.test_ledger import opening
 from tests.scheduler.test_rounds import check_contributions, rules
 from tests.scheduler.world import Worker, World, received
 
-from hypha.contributions import MOST_COUNT, contribution_problem
 from hypha.errors import ModelError, Refused
 from hypha.executor.outer.admission import admit, check_contribution
 from hypha.messages import (
@@ -35,6 +34,7 @@ from hypha.messages import (
     UpdateReceived,
     UpdateRefused,
 )
+from hypha.rules.contributions import MOST_COUNT, contribution_problem
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.rounds.closing import PATIENCE

@@ -15,7 +15,6 @@ from tests.support.virtual_network import VirtualNetwork, virtual_time
 from hypha import __version__
 from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
 from hypha.features import Abilities, features_of
-from hypha.manifests import manifest_hash
 from hypha.messages import (
     ColumnRange,
     DatasetDescription,
@@ -25,6 +24,7 @@ from hypha.messages import (
     SliceInfo,
 )
 from hypha.node import Node
+from hypha.rules.manifests import manifest_hash
 from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, Pins, find_dataset
 from hypha.scheduler.status.versions import ServiceVersions
 

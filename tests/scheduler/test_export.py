@@ -117,7 +117,7 @@ def test_the_old_model_is_in_its_place_until_the_new_one_is_durable(
     def broken(path: Path) -> None:
         raise OSError(errno.EIO, "the disk is broken", str(path))
 
-    monkeypatch.setattr("hypha.staging.sync_tree", broken)
+    monkeypatch.setattr("hypha.files.staging.sync_tree", broken)
     with pytest.raises(OutputError):
         LocalOutput(out).publish(staged, ABOUT)
     assert (out / "model.safetensors").read_bytes() == b"old"

@@ -38,8 +38,6 @@ from hypha.errors import (
     Refused,
 )
 from hypha.journal import Journal
-from hypha.leases import Lease
-from hypha.manifests import manifest_hash
 from hypha.messages import (
     Acknowledged,
     AggregateJob,
@@ -89,6 +87,8 @@ from hypha.messages import (
 )
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
+from hypha.rules.leases import Lease
+from hypha.rules.manifests import manifest_hash
 from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, read_ledger, run_job
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.telemetry import instruments as metrics

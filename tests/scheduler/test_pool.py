@@ -23,7 +23,6 @@ from hypha.config.job import JobResourcesConfig, NeedsConfig, PriceConfig
 from hypha.config.offers import OfferConfig
 from hypha.errors import NetworkError, Refused
 from hypha.journal import Journal
-from hypha.leases import Lease
 from hypha.messages import (
     ExecutorClass,
     ExecutorDescriptor,
@@ -37,6 +36,7 @@ from hypha.naming import shown
 from hypha.node import Node
 from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
+from hypha.rules.leases import Lease
 from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.leases import LeaseGained, LeaseLost, LeaseSuspect, PoolEvent

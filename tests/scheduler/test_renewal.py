@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypha.journal import Journal
-from hypha.leases import Tick
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.renewal import (
     Attempt,
     CertificateRevoked,

@@ -13,9 +13,9 @@ from tests.scheduler.world import Worker, World
 from tests.support.signals import Signals
 
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import JobStamp, Resources
 from hypha.node import Node
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Adopted, Gained, LeaseFailed, Offered, Want
 from hypha.scheduler.leasing.pool import Pool

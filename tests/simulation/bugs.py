@@ -12,9 +12,9 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from hypha.leases import BookAction, BookEvent, Drained, LeaseBook
 from hypha.messages import UpdateReceived
 from hypha.net.bulk.slots import TransferSlots
+from hypha.rules.leases import BookAction, BookEvent, Drained, LeaseBook
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.job.working import WorkingJob

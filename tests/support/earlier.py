@@ -16,10 +16,10 @@ from libp2p.custom_types import TProtocol
 
 from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
-from hypha.leases import Lease
 from hypha.messages import PeerRef, WorkerRequest
 from hypha.net import Libp2pNode
 from hypha.net.bulk.wire import WANT_ALPN, WANT_PROTOCOL
+from hypha.rules.leases import Lease
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import ArbiterAction
 from hypha.worker.leasing.service import LeaseService

@@ -16,9 +16,9 @@ from typing import BinaryIO
 import msgspec
 from tests.support.host import run_environment, shared_host
 
-from hypha import keeper
 from hypha.config.inherited import child_environment, inherited_state
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
+from hypha.processes import keeper
 
 #: A host may still be importing, on a busy machine.
 _FORKED_WITHIN_S = 100.0

@@ -13,8 +13,8 @@ from hypha import __version__
 from hypha.config.offers import OfferConfig
 from hypha.features import NAMES
 from hypha.journal import Journal
-from hypha.leases import Bind, Granted, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.rules.leases import Bind, Granted, LeaseEnded, Release, Tick
 from hypha.worker.leasing.arbiter import MAX_WAITING, MAX_WAITING_OF_ONE, Arbiter
 from hypha.worker.leasing.events import (
     ArbiterAction,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hypha import beneath
 from hypha.errors import HyphaError, Refused
+from hypha.files import beneath
 from hypha.worker.jobs.directory import (
     KEPT_FAILURES,
     MAX_SOCKET_PATH_BYTES,

@@ -114,7 +114,7 @@ async def test_cut_while_writing_it_does_not_look_complete(
     (tmp_path / "again").mkdir()
     again = checkpoint(tmp_path / "again", 1)
     if kind == "path":
-        monkeypatch.setattr("hypha.disks.os.fsync", _no_space)
+        monkeypatch.setattr("hypha.files.disks.os.fsync", _no_space)
     else:
         monkeypatch.setattr(type(fsspec.filesystem("memory")), "put_file", _PutUntil("theta.safetensors"))
     with pytest.raises(TransferFailed, match="No space left"):

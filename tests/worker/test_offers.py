@@ -12,8 +12,8 @@ from trio.testing import MockClock
 
 from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.errors import Refused
-from hypha.leases import Lease, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerRequest
+from hypha.rules.leases import Lease, Tick
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived, SendOffer
 from hypha.worker.leasing.service import MAX_LOGGED, LeaseService, granted

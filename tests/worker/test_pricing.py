@@ -11,8 +11,8 @@ from tests.worker.test_arbiter import TOTAL, TRAIN, arbiter, hear, offers, reaso
 
 from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.journal import Journal
-from hypha.leases import Release, Tick
 from hypha.messages import ExecutorClass, PeerRef, Resources, WorkerRequest
+from hypha.rules.leases import Release, Tick
 from hypha.worker.leasing.ageing import FORGOTTEN_S
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import Ignored, OfferFailed, RenewAsked, RequestReceived

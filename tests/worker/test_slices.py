@@ -17,7 +17,6 @@ from tests.worker.test_cache import assigned, content
 
 from hypha.config.models import CacheConfig
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
-from hypha.manifests import manifest_hash
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,
@@ -33,6 +32,7 @@ from hypha.messages import (
     SliceInfo,
     TransferMeta,
 )
+from hypha.rules.manifests import manifest_hash
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
 from hypha.worker.slices.cache import SliceCache

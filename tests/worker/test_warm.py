@@ -24,11 +24,11 @@ from tests.support.host import run_environment, shared_host
 from tests.worker.test_limits import EATS
 from tests.worker.test_process import GROWS, family, running, until
 
-from hypha import keeper
 from hypha.config.inherited import child_environment, inherited_state
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
+from hypha.processes import keeper
 from hypha.worker.limits.cgroups import CgroupPlaces, usable_cgroups
 from hypha.worker.limits.limits import Limits, Means, apply_limits
 from hypha.worker.processes.keepers import Launch, OwnExecutor

@@ -29,7 +29,7 @@ from hypha.cli.options import (
     TrustOption,
 )
 from hypha.errors import ConfigError, IdentityError, Problem
-from hypha.staging import write_whole
+from hypha.files.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig

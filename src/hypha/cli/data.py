@@ -72,7 +72,7 @@ def verify(
     """Read every slice and compare it with the manifest; exit 1 when something is wrong."""
     from hypha.data.manifest import read_manifest, silent
     from hypha.data.verify import verify as verify_dataset
-    from hypha.manifests import manifest_hash
+    from hypha.rules.manifests import manifest_hash
 
     problems = verify_dataset(directory, silent if quiet else typer.echo)
     for problem in problems:

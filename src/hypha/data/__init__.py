@@ -5,7 +5,7 @@ from hypha.data.options import PrepareOptions
 from hypha.data.preparing.prepare import Prepared, Survey, prepare, survey
 from hypha.data.serving.serve import run_data
 from hypha.data.verify import verify
-from hypha.manifests import manifest_hash
+from hypha.rules.manifests import manifest_hash
 
 __all__ = [
     "Dataset",

@@ -26,9 +26,9 @@ from hypha.data.slices import (
 )
 from hypha.decoding import decode_json
 from hypha.errors import DataError, Undecodable
-from hypha.manifests import manifest_hash
+from hypha.files.staging import write_whole
 from hypha.messages import Column, Manifest, SliceInfo
-from hypha.staging import write_whole
+from hypha.rules.manifests import manifest_hash
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from hypha.disks import sync
 from hypha.errors import SliceCorrupt
+from hypha.files.disks import sync
 from hypha.messages import Column
 
 Array = npt.NDArray[Any]

@@ -1,8 +1,8 @@
 """What becomes of a fork of an executor host: a keeper, and below it an executor like one that was started.
 
-The keeper is :func:`hypha.keeper.keep`, with a session and process group of its own. It says itself how the
-executor ended, to the worker directly, so that an end is not lost with the host. The executor has what a
-fresh process has: default signal handlers, no descriptors but 0, 1 and 2, the environment, directory,
+The keeper is :func:`hypha.processes.keeper.keep`, with a session and process group of its own. It says itself
+how the executor ended, to the worker directly, so that an end is not lost with the host. The executor has
+what a fresh process has: default signal handlers, no descriptors but 0, 1 and 2, the environment, directory,
 arguments and thread counts that it was given, a random state of its own, its command line in ``/proc``.
 """
 
@@ -22,11 +22,11 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from hypha import keeper
 from hypha.config.environment import replace_environment
 from hypha.executor.running import leave
-from hypha.forking import close_all_but, set_command_line, start_afresh
 from hypha.messages import Forked, ForkRequest, KeeperEnded, encode
+from hypha.processes import keeper
+from hypha.processes.forking import close_all_but, set_command_line, start_afresh
 
 _SET_BLAS_THREADS = (
     "scipy_openblas_set_num_threads64_",

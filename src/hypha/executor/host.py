@@ -38,10 +38,10 @@ from typing import NoReturn
 
 import msgspec
 
-from hypha import keeper
 from hypha.config.environment import process_environment, set_variable
 from hypha.config.inherited import inherited_state
 from hypha.messages import ForkRequest, NotForked, encode
+from hypha.processes import keeper
 
 #: What a fork may run: each has a ``main`` that takes the arguments and gives the exit code.
 MODULES = ("hypha.executor.training", "hypha.executor.parameter_server", "hypha.executor.evaluate")

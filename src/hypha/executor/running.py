@@ -12,7 +12,6 @@ from typing import NoReturn
 
 from opentelemetry import trace
 
-from hypha.disks import is_disk_full
 from hypha.errors import (
     BatchFailed,
     CheckpointUnusable,
@@ -25,6 +24,7 @@ from hypha.errors import (
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import SpanRecorder, Traces
 from hypha.executor.inner.out_of_memory import is_out_of_memory
+from hypha.files.disks import is_disk_full
 from hypha.messages import ExecutorError, Job
 
 logger = logging.getLogger("hypha.executor")

@@ -20,7 +20,7 @@ class ForkRequest(Value):
     python: str
     package: str
     inherited: dict[str, str]
-    #: as :class:`hypha.keeper.Confinement` takes them
+    #: as :class:`hypha.processes.keeper.Confinement` takes them
     keeper_options: tuple[str, ...] = ()
     #: the host need not have imported transformers and accelerate yet
     torch_only: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hypha.errors import IdentityError
-from hypha.staging import StagedFile
+from hypha.files.staging import StagedFile
 
 
 def check_absent(paths: Sequence[Path], advice: str) -> None:

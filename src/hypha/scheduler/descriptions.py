@@ -36,7 +36,7 @@ from hypha.messages import (
     Resources,
     TrainJob,
 )
-from hypha.resources import batch_size
+from hypha.rules.resources import batch_size
 from hypha.runtime import new_id
 from hypha.scheduler.leasing.events import Search
 from hypha.scheduler.rounds.policy import Start

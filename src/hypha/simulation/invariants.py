@@ -17,10 +17,10 @@ from hypha.errors import HyphaError
 from hypha.executor.outer.checkpoint import THETA
 from hypha.executor.toy import replay_toy
 from hypha.journal import JournalEntry
-from hypha.leases import NAME as LEASES
-from hypha.leases import Freed, Granted, LeaseEnded, Reserve
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
+from hypha.rules.leases import NAME as LEASES
+from hypha.rules.leases import Freed, Granted, LeaseEnded, Reserve
 from hypha.scheduler import JobResult
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.checkpoints import CheckpointStore

@@ -25,8 +25,8 @@ from hypha.data.slices import write_slice
 from hypha.errors import HyphaError
 from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
-from hypha.leases import NAME as LEASES
 from hypha.messages import Column
+from hypha.rules.leases import NAME as LEASES
 from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, run_job
 from hypha.simulation.configurations import DATASET, NOTICE, data_config, scheduler_config, worker_config
 from hypha.simulation.executors.processes import SimulatedExecutors

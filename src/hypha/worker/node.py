@@ -13,7 +13,6 @@ from pathlib import Path
 import trio
 from msgspec import structs
 
-from hypha import keeper
 from hypha.config.inherited import child_environment
 from hypha.config.models import PreemptionConfig, WorkerConfig
 from hypha.errors import ConfigError, Problem
@@ -21,6 +20,7 @@ from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
+from hypha.processes import keeper
 from hypha.runtime import in_thread, is_simulated, lack_of_space
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind

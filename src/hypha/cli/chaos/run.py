@@ -30,7 +30,7 @@ from hypha.cli.chaos.striking import Striker, Supervisor
 from hypha.cli.demo import files
 from hypha.cli.demo.workplace import clean_environment, open_directory, prepare_digits, start_host
 from hypha.errors import ConfigError, OutputError, Problem
-from hypha.staging import write_output
+from hypha.files.staging import write_output
 
 JOB = "chaos"
 #: Nobody counts them: the time decides. More than any run has.

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from hypha.config.environment import replace_environment, set_variable
-from hypha.forking import close_all_but, start_afresh
+from hypha.processes.forking import close_all_but, start_afresh
 
 #: what may be forked: each has a ``main``
 COMPONENTS = ("hypha.cli.gateway", "hypha.cli.data", "hypha.cli.worker", "hypha.cli.scheduler")

@@ -31,8 +31,8 @@ from hypha.cli.demo.workplace import (
 )
 from hypha.config.inherited import child_environment
 from hypha.errors import OutputError
+from hypha.files.staging import StagedDirectory, write_output
 from hypha.scheduler.status.snapshot import JobSnapshot
-from hypha.staging import StagedDirectory, write_output
 from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost

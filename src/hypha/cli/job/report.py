@@ -28,7 +28,7 @@ from hypha.cli.job.timeline import job_directory
 from hypha.cli.options import DEFAULT_CONFIG
 from hypha.decoding import decode
 from hypha.errors import ConfigError, HyphaError, OutputError, Undecodable
-from hypha.staging import StagedFile
+from hypha.files.staging import StagedFile
 
 if TYPE_CHECKING:
     from hypha.config.models import SchedulerConfig

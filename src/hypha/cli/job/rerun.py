@@ -17,12 +17,12 @@ from typing import Any
 
 import msgspec
 
-from hypha import leases
 from hypha.config.offers import OfferConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import PeerRef
+from hypha.rules import leases
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation

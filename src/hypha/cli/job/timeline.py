@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 from msgspec import UNSET, Struct, UnsetType, to_builtins
 
+from hypha.files.staging import write_output
 from hypha.naming import shown
 from hypha.scheduler.status.round_record import RoundRecord, Span, SpanKind
-from hypha.staging import write_output
 
 _SCHEDULER = 1
 #: by what is done; 0 is the node's own

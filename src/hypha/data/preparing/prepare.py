@@ -23,8 +23,8 @@ from hypha.data.slices import Array
 from hypha.data.sources.layout import find_layout
 from hypha.data.sources.opening import open_source
 from hypha.errors import DataError, InputUnusable
-from hypha.manifests import manifest_hash
 from hypha.messages import Column, Manifest
+from hypha.rules.manifests import manifest_hash
 
 logger = logging.getLogger(__name__)
 

@@ -27,10 +27,9 @@ from hypha.data.manifest import (
 )
 from hypha.data.serving.served import ServedSlices
 from hypha.data.verify import slice_problem
-from hypha.disks import lock
 from hypha.errors import ConfigError, DataError, NetworkError, Problem, Refused
 from hypha.features import features_of
-from hypha.manifests import manifest_hash
+from hypha.files.disks import lock
 from hypha.messages import (
     DatasetDescription,
     DescribeDataset,
@@ -42,6 +41,7 @@ from hypha.messages import (
 )
 from hypha.net import open_node, options_from
 from hypha.node import Node
+from hypha.rules.manifests import manifest_hash
 from hypha.runtime import chance, in_thread, is_simulated
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.instruments import STREAMS

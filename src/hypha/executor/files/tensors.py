@@ -25,7 +25,7 @@ from hypha.decoding import decode
 from hypha.errors import DataError, Undecodable
 from hypha.executor.files.hashing import Digests, Hasher, HasherBeside
 from hypha.executor.files.reused import ReusedFiles
-from hypha.staging import StagedFile
+from hypha.files.staging import StagedFile
 
 #: Elements handled at a time: 1 MiB of fp32, which stays in the second-level cache.
 CHUNK = 1 << 18

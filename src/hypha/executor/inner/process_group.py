@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from hypha.config.environment import process_environment
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
+from hypha.files.staging import write_whole
 from hypha.messages import ExecutorError, encode_json
-from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.executor.training")
 

@@ -6,9 +6,9 @@ waits until it has. Pure.
 
 from __future__ import annotations
 
-from hypha.contributions import contribution_problem
 from hypha.errors import Refused
 from hypha.messages import AggregateJob, Contribution, Members, ReceivedFile
+from hypha.rules.contributions import contribution_problem
 
 
 def admit(file: ReceivedFile, job: AggregateJob, round_: int, members: Members | None) -> bool:

@@ -17,8 +17,8 @@ from typing import BinaryIO, Protocol
 from blake3 import blake3
 from xxhash import xxh3_128
 
-from hypha import disks
-from hypha.disks import existing, explained, is_disk_full, sync
+from hypha.files import disks
+from hypha.files.disks import existing, explained, is_disk_full, sync
 from hypha.messages import QUICK_KINDS, TransferMeta
 from hypha.net.bulk.wire import BLOCK_BYTES
 

@@ -4,7 +4,7 @@ half of the processor time of importing libp2p, and 25 MB in every process. Come
 
 from __future__ import annotations
 
-from hypha.left_out import leave_out
+from hypha.processes.left_out import leave_out
 
 leave_out(
     "libp2p.discovery.mdns",

@@ -18,10 +18,10 @@ from hypha.backoff import NO_JITTER, Backoff
 from hypha.config.job import DatasetRef
 from hypha.errors import DatasetMismatch, DatasetNotFound, NetworkError, PeerUnreachable, Refused
 from hypha.features import Abilities, stated
-from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef
 from hypha.naming import shown
 from hypha.node import Node, PeerLost
+from hypha.rules.manifests import manifest_problem
 from hypha.runtime import in_thread
 
 logger = logging.getLogger(__name__)

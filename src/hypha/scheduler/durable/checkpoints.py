@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from hypha.beneath import relative_path
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Refused, Undecodable
+from hypha.files.beneath import relative_path
+from hypha.files.staging import move_directory, write_whole
 from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
 from hypha.net.bulk.files import hash_file
 from hypha.scheduler.durable.state_directory import StateDirectory
-from hypha.staging import move_directory, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from msgspec import Struct
 
 from hypha.decoding import decode_json
 from hypha.errors import OutputError, Undecodable
-from hypha.places import UrlPlace
+from hypha.files.places import UrlPlace
+from hypha.files.staging import StagedDirectory
 from hypha.runtime import new_id
-from hypha.staging import StagedDirectory
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from hypha.messages import (
     TrainJob,
     encode_json,
 )
-from hypha.resources import weighted_capacity
+from hypha.rules.resources import weighted_capacity
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.database import SCHEMA, connect, is_full, with_space
 from hypha.scheduler.leasing.leases import LeaseGained

@@ -13,11 +13,11 @@ import trio
 
 from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, Undecodable
+from hypha.files.staging import write_whole
 from hypha.messages import LedgerFile, encode_json
 from hypha.scheduler.durable.database import connect, is_full, with_space
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.leasing.leases import LeaseGained
-from hypha.staging import write_whole
 
 
 async def held_leases(path: Path) -> list[LeaseGained]:

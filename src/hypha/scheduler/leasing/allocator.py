@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterable
 
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import ExecutorClass, WorkerOffer
-from hypha.resources import check
+from hypha.rules.leases import Tick
+from hypha.rules.resources import check
 from hypha.scheduler.leasing.events import (
     Accept,
     Adopted,

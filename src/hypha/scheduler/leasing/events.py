@@ -7,8 +7,8 @@ from typing import Literal
 from msgspec import Struct
 
 from hypha import __version__
-from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.track_records import TrackRecord
 
 #: why an offer was not taken

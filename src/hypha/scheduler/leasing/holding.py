@@ -16,9 +16,9 @@ import trio
 from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.leases import Tick
 from hypha.messages import ExecutorClass, LeaseRenewed, RenewLease, WorkerOffer
 from hypha.node import Node
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.events import Contended, Dismiss, Gained
 from hypha.scheduler.leasing.leases import HeldLease, LeaseGained
 from hypha.scheduler.leasing.renewal import (

@@ -20,7 +20,6 @@ import trio
 from hypha.errors import NetworkError, Refused
 from hypha.features import printable, stated
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import (
     Acknowledged,
     ExecutorClass,
@@ -31,6 +30,7 @@ from hypha.messages import (
     WorkerOffer,
 )
 from hypha.node import Node
+from hypha.rules.leases import Tick
 from hypha.runtime import chance
 from hypha.scheduler.leasing.advertising import Advertising
 from hypha.scheduler.leasing.allocator import Allocator

@@ -16,7 +16,7 @@ from msgspec import Struct
 from hypha.backoff import pause_after
 from hypha.errors import retry_of
 from hypha.journal import Journal
-from hypha.leases import Tick
+from hypha.rules.leases import Tick
 
 #: of the entries in a journal, before the lease's id
 NAME = "renewal"

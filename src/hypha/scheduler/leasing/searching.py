@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hypha.features import advice, stated
 from hypha.messages import WorkerOffer
-from hypha.resources import fits, is_valid, weighted_capacity
+from hypha.rules.resources import fits, is_valid, weighted_capacity
 from hypha.scheduler.leasing.bidding import Bidding
 from hypha.scheduler.leasing.events import Cause, Search, SearchTimes
 

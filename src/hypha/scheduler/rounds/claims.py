@@ -1,5 +1,5 @@
 """What a worker states about itself is a claim: here are bounds of its times and losses. What an update may
-stand for is in :mod:`hypha.contributions`. Pure.
+stand for is in :mod:`hypha.rules.contributions`. Pure.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import math
 
 import msgspec
 
-from hypha.contributions import MOST_COUNT
 from hypha.messages import Contribution, LedgerRound, RoundApplied, UpdateStatistics
+from hypha.rules.contributions import MOST_COUNT
 from hypha.scheduler.rounds.claims import bounded_loss
 
 

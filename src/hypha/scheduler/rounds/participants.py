@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hypha.contributions import is_count
 from hypha.messages import PeerRef, Progress
+from hypha.rules.contributions import is_count
 from hypha.scheduler.rounds.claims import bounded_loss
 from hypha.scheduler.rounds.projection import BatchTime, ProjectedWorker
 

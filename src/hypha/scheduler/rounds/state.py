@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from typing import Literal
 
-from hypha.contributions import contribution_problem
 from hypha.messages import (
     Contribution,
     Directive,
@@ -21,6 +20,7 @@ from hypha.messages import (
     RoundStarted,
     SendModel,
 )
+from hypha.rules.contributions import contribution_problem
 from hypha.scheduler.data.slices import Assignment, SliceTracker
 from hypha.scheduler.rounds.contributions import RoundContributions
 from hypha.scheduler.rounds.events import (

@@ -16,12 +16,12 @@ import trio
 
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
+from hypha.files.staging import write_whole
 from hypha.messages import LedgerFile
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger_files import read_ledger
 from hypha.scheduler.status.history import History
 from hypha.scheduler.status.round_record import RoundRecord, from_ledger, with_numbers
-from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.scheduler")
 

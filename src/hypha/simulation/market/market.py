@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from hypha.config.offers import OfferConfig
 from hypha.journal import Journal
-from hypha.leases import Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources
+from hypha.rules.leases import Tick
 from hypha.scheduler.leasing.events import Decline, Offered
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import ArbiterAction, ArbiterEvent, OfferFailed, SendOffer

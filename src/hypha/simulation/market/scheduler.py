@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from hypha.leases import Denied, Granted, Release, Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
+from hypha.rules.leases import Denied, Granted, Release, Tick
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import (
     Accept,

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
-from hypha.resources import fits
+from hypha.rules.resources import fits
 from hypha.scheduler.leasing.events import SearchTimes
 from hypha.simulation.market.market import Market, MarketWorker
 from hypha.simulation.market.scheduler import MarketJob, MarketScheduler, Purse

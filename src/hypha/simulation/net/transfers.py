@@ -21,6 +21,7 @@ import trio
 
 from hypha.access import KINDS, Allowed, named
 from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFailed
+from hypha.files.staging import write_whole
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
 from hypha.net.bulk.retries import Retries
@@ -28,7 +29,6 @@ from hypha.net.bulk.slots import TransferSlots
 from hypha.node import Arrived, Gate, Provider, Served
 from hypha.runtime import free_bytes, in_thread, new_id
 from hypha.simulation.net.network import STALL_S, SimulatedLinkBroken
-from hypha.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.simulation.net.node import SimulatedNode

@@ -20,11 +20,12 @@ from urllib.parse import urlsplit
 import trio
 
 from hypha.backoff import Backoff
-from hypha.beneath import relative_path
 from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
-from hypha.disks import is_disk_full
 from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
+from hypha.files.beneath import relative_path
+from hypha.files.disks import is_disk_full
+from hypha.files.staging import StagedFile
 from hypha.messages import (
     FileList,
     HuggingFace,
@@ -40,7 +41,6 @@ from hypha.messages import (
     Uri,
 )
 from hypha.runtime import chance, in_thread
-from hypha.staging import StagedFile
 from hypha.waiting import in_words, reminded
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.local import CHUNK_BYTES, fetch_local, safe_name

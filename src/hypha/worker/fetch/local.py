@@ -23,11 +23,11 @@ from urllib.parse import unquote
 import fsspec
 import trio
 
-from hypha import beneath
 from hypha.errors import HyphaError, Refused, TransferFailed
-from hypha.places import UrlPlace
+from hypha.files import beneath
+from hypha.files.places import UrlPlace
+from hypha.files.staging import StagedDirectory, StagedFile, remove_unfinished
 from hypha.runtime import check_cancelled, in_thread
-from hypha.staging import StagedDirectory, StagedFile, remove_unfinished
 from hypha.worker.fetch.allowance import Allowance
 
 logger = logging.getLogger("hypha.worker.send")

@@ -13,13 +13,13 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import HyphaError
-from hypha.leases import Lease
 from hypha.messages import (
     ExecutorClass,
     ExecutorError,
     ExecutorExited,
     Job,
 )
+from hypha.rules.leases import Lease
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded

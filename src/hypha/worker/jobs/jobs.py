@@ -12,7 +12,6 @@ import trio
 
 from hypha.config.models import ExecutorConfig
 from hypha.errors import Refused
-from hypha.leases import Lease
 from hypha.messages import (
     Acknowledged,
     CancelJob,
@@ -22,6 +21,7 @@ from hypha.messages import (
     Steer,
     TrainJob,
 )
+from hypha.rules.leases import Lease
 from hypha.tracing import untraced
 from hypha.worker.jobs.execution import Execution
 from hypha.worker.jobs.traffic import ExecutionContext

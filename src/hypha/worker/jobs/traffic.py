@@ -16,7 +16,6 @@ import trio
 
 from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.errors import Refused
-from hypha.leases import Lease
 from hypha.messages import (
     Alive,
     Delivery,
@@ -49,6 +48,7 @@ from hypha.messages import (
 )
 from hypha.net.bulk.transfers import with_hashes
 from hypha.node import Node
+from hypha.rules.leases import Lease
 from hypha.runtime import in_thread, lack_of_space
 from hypha.worker.bridge.feeds import Directives, Feed, FileArrivals
 from hypha.worker.bridge.outbox import Outbox

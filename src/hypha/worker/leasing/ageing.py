@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypha.config.offers import OfferConfig
-from hypha.leases import LeaseBook
 from hypha.messages import ExecutorClass, Resources
+from hypha.rules.leases import LeaseBook
 
 #: a scheduler that wants workers repeats its request after five seconds at the latest
 FORGOTTEN_S = 30.0

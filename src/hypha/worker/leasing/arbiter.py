@@ -36,7 +36,8 @@ from msgspec import structs
 
 from hypha.config.offers import OfferConfig
 from hypha.journal import Journal
-from hypha.leases import (
+from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
+from hypha.rules.leases import (
     Denied,
     Granted,
     Lease,
@@ -47,8 +48,7 @@ from hypha.leases import (
     Revoke,
     Tick,
 )
-from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
-from hypha.resources import add_up, fits, weighted_capacity
+from hypha.rules.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
 from hypha.worker.leasing.ageing import Ageing, Waiter
 from hypha.worker.leasing.events import (

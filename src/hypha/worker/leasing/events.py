@@ -7,8 +7,8 @@ from typing import Literal
 from msgspec import Struct
 
 from hypha.features import Abilities
-from hypha.leases import Bind, Denied, Drained, Freed, Granted, Hold, LeaseEnded, Release, Tick
 from hypha.messages import ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
+from hypha.rules.leases import Bind, Denied, Drained, Freed, Granted, Hold, LeaseEnded, Release, Tick
 
 # --- in -----------------------------------------------------------------------------------------------
 

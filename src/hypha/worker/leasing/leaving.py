@@ -13,9 +13,9 @@ import logging
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.leases import Lease, Release
 from hypha.messages import WorkerLeaving
 from hypha.node import Node
+from hypha.rules.leases import Lease, Release
 from hypha.worker.leasing.events import OfferFailed
 from hypha.worker.leasing.service import LeaseService
 

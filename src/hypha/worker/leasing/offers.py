@@ -8,7 +8,6 @@ from collections.abc import Callable
 import trio
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.leases import Release
 from hypha.messages import (
     Acknowledged,
     LeaseRenewed,
@@ -17,6 +16,7 @@ from hypha.messages import (
     RenewLease,
 )
 from hypha.node import Node
+from hypha.rules.leases import Release
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import failed, span
 from hypha.tracing.operations import SEND_OFFER

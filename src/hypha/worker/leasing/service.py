@@ -15,7 +15,6 @@ from msgspec import structs
 from opentelemetry.trace import Span, use_span
 
 from hypha.errors import Refused
-from hypha.leases import Bind, Denied, Drained, Freed, Granted, Hold, Lease, LeaseEnded, Tick
 from hypha.messages import (
     ExecutorClass,
     Resources,
@@ -23,6 +22,7 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.node import Changes
+from hypha.rules.leases import Bind, Denied, Drained, Freed, Granted, Hold, Lease, LeaseEnded, Tick
 from hypha.telemetry.instruments import WORKER_OFFERS
 from hypha.tracing import start_span, traceparent
 from hypha.tracing.operations import EVALUATE

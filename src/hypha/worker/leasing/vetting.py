@@ -13,7 +13,7 @@ from hypha.backoff import pause_after
 from hypha.config.offers import OfferConfig
 from hypha.features import OURS, Abilities, printable
 from hypha.messages import ExecutorDescriptor, Resources, WorkerRequest
-from hypha.resources import fits, is_valid
+from hypha.rules.resources import fits, is_valid
 from hypha.worker.leasing.events import Cause
 from hypha.worker.leasing.pricing import Pricing
 

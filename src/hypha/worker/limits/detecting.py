@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from hypha.disks import existing, free_bytes
+from hypha.files.disks import existing, free_bytes
 from hypha.messages import Resources
 from hypha.worker.limits.cgroups import GB
 from hypha.worker.limits.gpus import Gpu, find_gpus

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hypha.resources import TOLERANCE
+from hypha.rules.resources import TOLERANCE
 from hypha.worker.limits.gpus import SECOND_FILTERS, VISIBLE, Gpu
 
 GB = 10**9

@@ -18,7 +18,7 @@ from typing import Literal
 
 import trio
 
-from hypha.keeper import descendants
+from hypha.processes.keeper import descendants
 from hypha.runtime import in_thread
 
 GB = 10**9

@@ -17,8 +17,8 @@ from typing import Protocol
 
 import trio
 
-from hypha import keeper
 from hypha.messages import ExecutorClass
+from hypha.processes import keeper
 
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.

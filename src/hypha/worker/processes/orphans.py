@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 
 import trio
 
-from hypha import keeper
+from hypha.processes import keeper
 
 logger = logging.getLogger("hypha.worker.executor")
 

@@ -20,9 +20,9 @@ from msgspec import Struct
 from hypha.config.models import CacheConfig
 from hypha.decoding import decode_json
 from hypha.errors import Undecodable
+from hypha.files.staging import write_whole
 from hypha.messages import SliceAssigned
 from hypha.runtime import lack_of_space
-from hypha.staging import write_whole
 
 logger = logging.getLogger("hypha.worker.cache")
 

@@ -9,9 +9,9 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from hypha.errors import NetworkError
-from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, PeerRef, Request, Response, SliceAssigned
 from hypha.naming import shown
+from hypha.rules.manifests import manifest_problem
 from hypha.runtime import in_thread
 
 logger = logging.getLogger("hypha.worker.slices")

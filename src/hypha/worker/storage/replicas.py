@@ -21,14 +21,14 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from hypha.beneath import relative_path
 from hypha.config.models import StorageConfig
 from hypha.decoding import decode_json
-from hypha.disks import is_disk_full, sync
 from hypha.errors import Refused, Undecodable
+from hypha.files.beneath import relative_path
+from hypha.files.disks import is_disk_full, sync
+from hypha.files.staging import move_directory, write_whole
 from hypha.messages import CheckpointFile, CheckpointIndex, HoldCheckpoint, TransferMeta, encode_json
 from hypha.runtime import wall_time
-from hypha.staging import move_directory, write_whole
 
 logger = logging.getLogger("hypha.worker.storage")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import trio
 
 from hypha.errors import NetworkError, Refused
-from hypha.leases import Lease
 from hypha.messages import (
     Acknowledged,
     CheckpointHeld,
@@ -22,6 +21,7 @@ from hypha.messages import (
     replica_name,
 )
 from hypha.node import Node
+from hypha.rules.leases import Lease
 from hypha.runtime import in_thread
 from hypha.worker.storage.replicas import GB, ReplicaStore
 

@@ -13,10 +13,10 @@ from hypha.cli.doctor.gathering.bounded import readable
 from hypha.config.job import DatasetRef
 from hypha.data.serving.serve import KIND
 from hypha.errors import NetworkError, Refused
-from hypha.manifests import manifest_problem
 from hypha.messages import DatasetDescription, DescribeDataset, Manifest, PeerRef, PullFile
 from hypha.naming import name_of
 from hypha.net import Libp2pNode
+from hypha.rules.manifests import manifest_problem
 from hypha.runtime import in_thread
 from hypha.scheduler.data.datasets import Pins
 

@@ -18,9 +18,9 @@ from hypha.cli.doctor.judging.machine import offered_by
 from hypha.config.job import JobConfig
 from hypha.config.models import WorkerConfig
 from hypha.features import OURS, Abilities, needs
-from hypha.leases import Tick
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
-from hypha.resources import TOLERANCE
+from hypha.rules.leases import Tick
+from hypha.rules.resources import TOLERANCE
 from hypha.scheduler.descriptions import searches_for
 from hypha.scheduler.durable.starts import described
 from hypha.scheduler.leasing.allocator import Allocator

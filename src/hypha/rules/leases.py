@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, Resources
-from hypha.resources import add_up, check, fits, is_valid, left_of
+from hypha.rules.resources import add_up, check, fits, is_valid, left_of
 
 #: of a book's entries in a journal
 NAME = "leases"

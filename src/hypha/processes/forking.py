@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from hypha import keeper
+from hypha.processes import keeper
 
 
 def start_afresh(command: Sequence[str], module: str, arguments: Sequence[str]) -> None:

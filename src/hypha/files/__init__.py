@@ -1,0 +1,1 @@
+"""Files and directories: which appear whole, on what disks, below whose directories, at which URLs."""

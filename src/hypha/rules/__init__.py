@@ -1,0 +1,1 @@
+"""What several components judge alike: leases, amounts of resources, contributions, manifests. Pure."""
