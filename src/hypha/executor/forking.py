@@ -1,8 +1,8 @@
 """What becomes of a fork of an executor host: a keeper, and below it an executor like one that was started.
 
-The keeper is :func:`hypha.processes.keeper.keep`, with a session and process group of its own. It says itself how the
-executor ended, to the worker directly, so that an end is not lost with the host. The executor has what a
-fresh process has: default signal handlers, no descriptors but 0, 1 and 2, the environment, directory,
+The keeper is :func:`hypha.processes.keeper.keep`, with a session and process group of its own. It says itself
+how the executor ended, to the worker directly, so that an end is not lost with the host. The executor has
+what a fresh process has: default signal handlers, no descriptors but 0, 1 and 2, the environment, directory,
 arguments and thread counts that it was given, a random state of its own, its command line in ``/proc``.
 """
 

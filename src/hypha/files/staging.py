@@ -9,8 +9,8 @@ a power cut. What cannot be written is an OSError that names the file, and on a 
 A directory that is replaced changes names with its successor in one step where the system can do that.
 Elsewhere it is called ``.<name>.replaced-*`` for a moment, and the next process gives it its name back if
 its successor never came. All of it blocks. The directory in which something appears is trusted; where
-somebody else writes to it, see :mod:`hypha.files.beneath`. Files and directories are one module, as both are found,
-locked and removed by the same names.
+somebody else writes to it, see :mod:`hypha.files.beneath`. Files and directories are one module, as both are
+found, locked and removed by the same names.
 """
 
 from __future__ import annotations

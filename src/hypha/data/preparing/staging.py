@@ -1,8 +1,8 @@
 """A dataset's directory appears whole or not at all, and never under a node that serves what it replaces.
 
-It is staged as :mod:`hypha.files.staging` does: whoever is killed meanwhile leaves what nothing serves and the next
-run removes. A data node holds a lock on what it serves, so that nothing is replaced under it: its jobs would
-ask for slices that are gone.
+It is staged as :mod:`hypha.files.staging` does: whoever is killed meanwhile leaves what nothing serves and
+the next run removes. A data node holds a lock on what it serves, so that nothing is replaced under it: its
+jobs would ask for slices that are gone.
 """
 
 from __future__ import annotations

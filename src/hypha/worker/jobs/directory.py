@@ -2,9 +2,9 @@
 
 An executor writes to it as it likes. What the worker relies on is beside it, in a directory that an isolated
 executor does not see: its lock, files on their way in and out. What the executor names is opened without
-following a link (:mod:`hypha.files.beneath`) and used under a name of the worker's own; what comes in is moved to
-the executor once it is whole. A worker that starts removes the directories of one that died; the files of a
-failed executor may be kept for a look, the newest few of them.
+following a link (:mod:`hypha.files.beneath`) and used under a name of the worker's own; what comes in is
+moved to the executor once it is whole. A worker that starts removes the directories of one that died; the
+files of a failed executor may be kept for a look, the newest few of them.
 """
 
 from __future__ import annotations

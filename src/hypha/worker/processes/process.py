@@ -1,8 +1,8 @@
 """Running one executor: its command, its environment, its output, its end.
 
-Between worker and executor stands a keeper (:mod:`hypha.processes.keeper`) that makes sure that nothing of the executor
-survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a job are in
-none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
+Between worker and executor stands a keeper (:mod:`hypha.processes.keeper`) that makes sure that nothing of
+the executor survives: not the executor's end, not a stop, not even ``kill -9`` of the worker. Secrets of a
+job are in none of argv, environment, files and log: an executor asks for them over its bridge (``GET /job``).
 """
 
 from __future__ import annotations
