@@ -58,13 +58,14 @@ def test_spans_have_the_right_parents_attributes_and_outcome(recorder: SpanRecor
     recorder.start()
     before = time.time_ns()
     with span(TRAIN, {"hypha.round": 3, "hypha.job": "j"}, parent=PARENT) as outer:
-        with contextlib.suppress(ValueError), span(SEND_UPDATE, links=[PARENT]):
+        with contextlib.suppress(ValueError), span(SEND_UPDATE):
             inside = traceparent()
             event("overtaken", {"hypha.batches": 2})
             raise ValueError("no number")
         outer.set_attributes({"loss": float("nan"), "long": "x" * 5000, "ratio": 0.5})
+        start_span(SEND_UPDATE, links=[PARENT]).end()
     assert recorder.flush(5)
-    inner, train = worker.spans
+    inner, linked, train = worker.spans
     assert (train.name, train.trace_id, train.parent_id) == ("Train", PARENT[3:35], PARENT[36:52])
     assert train.attributes == {
         "hypha.round": 3, "hypha.job": "j", "loss": "nan", "long": "x" * MAX_TEXT, "ratio": 0.5
@@ -73,7 +74,7 @@ def test_spans_have_the_right_parents_attributes_and_outcome(recorder: SpanRecor
     assert inside == f"00-{inner.trace_id}-{inner.span_id}-01"
     assert (inner.status, inner.error) == ("error", "ValueError: no number")
     assert train.status == "unset"
-    assert inner.links == (PARENT,)
+    assert linked.links == (PARENT,)
     (happened,) = inner.events
     assert (happened.name, happened.attributes) == ("overtaken", {"hypha.batches": 2})
     assert before <= train.start_ns <= inner.start_ns <= happened.time_ns <= inner.end_ns <= train.end_ns

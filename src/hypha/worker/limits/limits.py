@@ -65,7 +65,7 @@ class Limits:
     project: tuple[ProjectQuotas, int] | None = None
 
     def launch_options(self) -> list[str]:
-        """For :mod:`hypha.processes.keeper`, which applies them in the child before it becomes the executor."""
+        """For :mod:`hypha.processes.keeper`, which applies them before the child becomes the executor."""
         options = []
         for group in self.groups:
             options += ["--cgroup", str(group / "cgroup.procs")]
