@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import pytest
+import trio
 
 from hypha.simulation.running import run_scenario
-from hypha.simulation.scenario import LIES, Scenario, Strike, Way, random_scenario
+from hypha.simulation.scenario import LIES, Role, Scenario, Strike, Way, random_scenario
 from hypha.simulation.search import Runner
 
 
@@ -42,6 +44,20 @@ def test_the_same_seed_gives_the_same_run_byte_for_byte(runner: Runner) -> None:
     assert one.journal == two.journal
     assert (one.struck, one.lasted_s) == (two.struck, two.lasted_s)
     assert runner.run(random_scenario(60), journal=True).journal != one.journal
+
+
+@pytest.mark.parametrize("role", ["worker", "data"])
+def test_no_thread_takes_part(role: Role, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end at a moment that depends on the machine: what strikes is no process of the world."""
+
+    def no_thread(*_: object, **__: object) -> NoReturn:
+        pytest.fail("a thread")
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+    strike = Strike(role=role, way="corrupt", round=1, phase="training", for_s=2.0)
+    verdict = run_scenario(Scenario(workers=2, rounds=3, checkpoint_every=1, faults=(strike,)), tmp_path)
+    assert verdict.problems == ()
+    assert len(verdict.struck) == 1
 
 
 def test_a_worker_that_has_begun_the_next_round_is_given_no_slice_that_is_taken_back(runner: Runner) -> None:

@@ -21,6 +21,7 @@ from msgspec import Struct
 from trio._core import _run as trio_run
 
 from hypha.executor.toy import one_thread_only
+from hypha.runtime import use_runtime
 from hypha.simulation.faults import FaultOutcome, story
 from hypha.simulation.invariants import (
     GoodputWatch,
@@ -32,9 +33,9 @@ from hypha.simulation.invariants import (
     settled,
     watch_checkpoints,
 )
-from hypha.simulation.process import Stepping, forget_generators, this_process
+from hypha.simulation.process import SimulatedRuntime, Stepping, forget_generators, this_process
 from hypha.simulation.scenario import Scenario
-from hypha.simulation.world import World
+from hypha.simulation.world import FREE_BYTES, World
 
 _LOG_LINES = 5000
 
@@ -62,18 +63,21 @@ def run_scenario(scenario: Scenario, root: Path | None = None, level: int = logg
 
     async def main() -> None:
         nonlocal lasted_s
+        # of what is no process of this world: a thread would end at a moment that no seed decides
+        outside = SimulatedRuntime(scenario.seed, trio.current_time, lambda _: FREE_BYTES)
         try:
-            async with trio.open_nursery() as nursery:
-                world = World(scenario, place, nursery)
-                worlds.append(world)
-                nursery.start_soon(world.network.run)
-                try:
-                    struck.extend(await _watched_story(world))
-                finally:
-                    lasted_s = trio.current_time()
-                    for name in world.computers:
-                        world.kill(name)
-                    nursery.cancel_scope.cancel()
+            with use_runtime(outside):
+                async with trio.open_nursery() as nursery:
+                    world = World(scenario, place, nursery)
+                    worlds.append(world)
+                    nursery.start_soon(world.network.run)
+                    try:
+                        struck.extend(await _watched_story(world))
+                    finally:
+                        lasted_s = trio.current_time()
+                        for name in world.computers:
+                            world.kill(name)
+                        nursery.cancel_scope.cancel()
         finally:
             forget_generators()
 

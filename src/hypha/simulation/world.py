@@ -46,7 +46,7 @@ from hypha.worker.node import serve as worker_serve
 
 SCHEDULER = "scheduler"
 #: of every machine's disk, unless it is full
-_FREE_BYTES = 1 << 40
+FREE_BYTES = 1 << 40
 #: a day at which the world begins
 _BEGINS = 1_790_000_000.0
 #: a node has started by then, and no job has begun
@@ -202,7 +202,7 @@ class World:
         runtime = SimulatedRuntime(
             seed,
             lambda: _BEGINS + trio.current_time() * rate + computer.clock_offset_s,
-            lambda _: 0 if computer.full else _FREE_BYTES,
+            lambda _: 0 if computer.full else FREE_BYTES,
         )
         runtime.blocking_s = self.scenario.disk_s + computer.slow_disk_s
         return runtime
