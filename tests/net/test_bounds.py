@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -49,7 +49,8 @@ from hypha.messages import (
 from hypha.net import Libp2pNode as Node
 from hypha.net import rpc
 from hypha.net.bulk import rendezvous as rendezvous
-from hypha.net.bulk.wire import BULK_ALPN
+from hypha.net.bulk.ways import Ways
+from hypha.net.bulk.wire import BULK_ALPN, BulkConnections
 from hypha.net.discovery.dht import key_of
 from hypha.net.discovery.dht_records import (
     MAX_KEYS_PER_PEER,
@@ -62,17 +63,20 @@ from hypha.net.libp2p import host
 from hypha.net.libp2p.relay import RelayRefused
 from hypha.net.libp2p.streams import STREAM_ERRORS, discard, limit_of
 from hypha.net.libp2p.yamux import MAX_GROWTH_BYTES, MAX_INBOUND_STREAMS
-from hypha.net.options import RelayLimits
+from hypha.net.options import RelayLimits, Timings
 from hypha.net.peers.addresses import MAX_ADDRESSES, host_and_port
 from hypha.net.peers.inbound_limits import (
     GRACE_S,
     OWN_STREAMS,
+    REMEMBERED,
     InboundBudget,
     InboundConnection,
     InboundConnections,
     source_of,
 )
+from hypha.net.peers.table import PeerTable
 from hypha.net.rpc import OWN_PER_PEER
+from hypha.pki.identity import Identity
 
 pytestmark = pytest.mark.loopback
 
@@ -787,3 +791,23 @@ async def test_large_requests_of_many_peers_are_bounded_together(
             waiting.set()
         assert refused == ["busy", "busy"]
         await until(lambda: victim._rpc._held_bytes == 0)
+
+
+async def test_who_is_waited_for_in_vain_leaves_nothing_behind() -> None:
+    """Others say whom a node should reach: what it knows of those that never come does not grow."""
+    swarm = SimpleNamespace(register_notifee=lambda _: None, get_connections=lambda _: [])
+    async with trio.open_nursery() as nursery:
+        peers = PeerTable(swarm, cast("Identity", None), Timings(), nursery)
+        for number in range(50):
+            with trio.move_on_after(0):
+                await peers.wait_connected(str(ID(number.to_bytes(32, "big"))))
+        assert not peers._arrivals
+
+
+async def test_what_is_known_of_the_ways_to_peers_is_bounded() -> None:
+    ways = Ways(cast("BulkConnections", SimpleNamespace(reached_by=lambda _: False)))
+    for number in range(5000):
+        ways.worked(f"peer-{number}", "stream")
+    assert len(ways._best) == REMEMBERED
+    assert ways.to("peer-4999")[0] == "stream"
+    assert ways.to("peer-0")[0] == "direct"

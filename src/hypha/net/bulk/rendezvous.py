@@ -44,6 +44,7 @@ from hypha.net.bulk.wire import (
     WantFile,
     encode_frame,
 )
+from hypha.net.peers.inbound_limits import REMEMBERED, Recent
 from hypha.net.sockets import resend_soon, set_buffers
 from hypha.pki.certificates import peer_id_of, presented_chain
 
@@ -113,7 +114,7 @@ class Rendezvous:
         self._proven: WeakSet[SocketConnection] = WeakSet()
         self._loop: trio.lowlevel.TrioToken | None = None
         #: per peer, the address at which it was last reached
-        self._reached: dict[str, tuple[str, int]] = {}
+        self._reached: Recent[str, tuple[str, int]] = Recent(REMEMBERED)
         self._nursery: trio.Nursery | None = None
         links.set_stream_handler(BULK_PROTOCOL, partial(self._serve_stream, kind=Hello))
         links.set_stream_handler(WANT_PROTOCOL, partial(self._serve_stream, kind=WantFile))

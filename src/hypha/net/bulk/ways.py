@@ -14,6 +14,7 @@ from typing import Literal
 import trio
 
 from hypha.net.bulk.wire import BulkConnections, ConnectionBroken
+from hypha.net.peers.inbound_limits import REMEMBERED, Recent
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class Ways:
 
     def __init__(self, links: BulkConnections) -> None:
         self._links = links
-        self._best: dict[str, tuple[Way, float]] = {}
+        self._best: Recent[str, tuple[Way, float]] = Recent(REMEMBERED)
         #: until when, and what was wrong
         self._failed: dict[tuple[str, Way], tuple[float, str]] = {}
 

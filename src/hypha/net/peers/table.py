@@ -73,7 +73,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         self._timings = timings
         self._nursery = nursery
         self._watchers: set[trio.MemorySendChannel[PeerLost]] = set()
-        self._arrivals: dict[str, trio.Event] = {}
+        self._arrivals: dict[str, list[trio.Event]] = {}
         #: connections that are waited for to end, all of them
         self._ends: list[tuple[set[Any], trio.Event]] = []
         #: of peers that are or were connected: their roles, and the organisation that vouches for them
@@ -179,7 +179,16 @@ class PeerTable(INotifee):  # type: ignore[misc]
     async def wait_connected(self, peer: str) -> None:
         """Return when ``peer`` is connected."""
         while not self.is_connected(peer):
-            await self._arrivals.setdefault(peer, trio.Event()).wait()
+            arrived = trio.Event()
+            self._arrivals.setdefault(peer, []).append(arrived)
+            try:
+                await arrived.wait()
+            finally:
+                # whoever gives up leaves nothing behind, as others say whom to dial
+                if not arrived.is_set():
+                    self._arrivals[peer].remove(arrived)
+                    if not self._arrivals[peer]:
+                        del self._arrivals[peer]
 
     def loss_of(self, peer: str) -> trio.Event:
         """Set once every connection to ``peer`` that there is now has ended, even if somebody else has
@@ -199,7 +208,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
         logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
         self._vouched[peer] = (secured(conn).roles, secured(conn).vouched_organization)
-        if (waiting := self._arrivals.pop(peer, None)) is not None:
+        for waiting in self._arrivals.pop(peer, ()):
             waiting.set()
         for call in self.on_connected:
             call(peer)
