@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -100,8 +99,11 @@ def run(
     from hypha.telemetry.running import emit_spans
     from hypha.worker.node import run_worker
 
+    async def service() -> None:
+        # not before telemetry has begun
+        await run_worker(loaded, emit_spans=emit_spans(), alone=True)
+
     # a notice of the machine's end leaves more time, and what was trained is handed over in it
-    service = partial(run_worker, loaded, emit_spans=emit_spans(), alone=True)
     stop_s = STOP_S + (loaded.preemption.notice_s or 0.0)
     raise typer.Exit(run_service("hypha-worker", loaded, service, stop_s))
 
