@@ -83,7 +83,8 @@ async def test_a_server_that_accepts_and_never_answers(caplog: pytest.LogCapture
         began = Stopwatch()
         for round_ in range(1, 501):
             sink.put(values(round_))
-        assert began.elapsed_s() < 0.2
+        # each would wait for half a second
+        assert began.elapsed_s() < 10
         await until(lambda: len(said(caplog)) == 1)
         assert "it gave no reply for 0.5 s" in said(caplog)[0]
         began = Stopwatch()
