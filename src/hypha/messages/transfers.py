@@ -76,7 +76,9 @@ class BulkOffer(Message):
 
 
 class BulkAnswer(Message):
-    """Send from ``offset`` on; ``done`` when it is all here already. ``addresses``: dial me there."""
+    """``done`` when it is all here already. ``addresses``: dial me there. ``offset`` is not
+    read by this version: the receiver says on the connection from where on to send.
+    """
 
     offset: int
     addresses: Addresses

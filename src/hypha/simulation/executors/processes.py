@@ -33,7 +33,7 @@ _SIGKILL, _SIGTERM = 9, 15
 
 
 class SimulatedExecutors:
-    """Runs the executors of one machine, in place of ``worker.starting.run_process``.
+    """Runs the executors of one machine, in place of ``worker.jobs.starting.run_process``.
 
     ``start`` makes a child process of the worker's; a batch takes ``batch_s()`` seconds, loading
     ``load_s()``. What they do wrong stands in ``lies``, as in ``scenario.LIES``.
