@@ -75,8 +75,8 @@ class Sent(Value):
 
 
 class ReceiveCall(Value):
-    """POST /resources/receive -> SSE of :class:`ReceivedFile`, for files of ``kinds``. Their senders are those
-    whom the job's scheduler named.
+    """POST /resources/receive -> SSE of :class:`ReceivedFile`, for files of ``kinds``, of
+    senders whom the job's scheduler named.
     """
 
     kinds: tuple[str, ...]
