@@ -8,13 +8,13 @@ nobody waits for ever.
 from __future__ import annotations
 
 import pytest
+from tests.scheduler.market.market import Market, MarketWorker
+from tests.scheduler.market.scheduler import MarketJob, MarketScheduler, Purse
+from tests.scheduler.market.search import run_market
 
 from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.scheduler.leasing.events import SearchTimes, Want
-from hypha.simulation.market.market import Market, MarketWorker
-from hypha.simulation.market.scheduler import MarketJob, MarketScheduler, Purse
-from hypha.simulation.market.search import run_market
 
 NEED = Resources(cpu=1, memory=1)
 FOR_EVER_S = 1e9

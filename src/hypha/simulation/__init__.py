@@ -2,6 +2,5 @@
 network, simulated executors with the real outer step, faults at chosen moments, and what must be true after.
 
 ``scenario`` says what happens, ``world`` makes it, ``faults`` strikes, ``invariants`` checks, ``search`` runs
-many and shrinks one that fails. One seed is one run, byte for byte. ``market`` is smaller: only the decisions
-about leases, bids and prices, of many that compete; its ``search`` runs thousands of those.
+many and shrinks one that fails. One seed is one run, byte for byte.
 """
