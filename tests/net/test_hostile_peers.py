@@ -42,7 +42,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import rpc
-from hypha.net.bulk.connections import SocketConnection
+from hypha.net.bulk.sockets import SocketConnection
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import BULK_ALPN, BULK_PROTOCOL, encode_length
 from hypha.net.libp2p.relay import HOP, STOP

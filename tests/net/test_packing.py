@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import zstandard
-from tests.support.earlier import without_wants
 from tests.support.network import Network, until
 
 from hypha.config.tuning import LimitsConfig, TransferTuning, TuningConfig
 from hypha.errors import TransferFailed
 from hypha.messages import PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
+from hypha.net.bulk import pulling
 from hypha.net.bulk.blocks import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, BlockPacker, Known, Packing
-from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.sending import SendAttempt, Sending
 from hypha.net.bulk.transfers import meta_of
-from hypha.net.bulk.wire import BLOCK_BYTES
+from hypha.net.bulk.wire import BLOCK_BYTES, Go
 
 MB = 1e6
 
@@ -225,10 +225,8 @@ async def test_between_versions_blocks_go_as_they_are(
     async with network.gateway(roles=(), tuning=always) as data, network.leaf("worker", [data]) as worker:
         await served.pulled(worker, data, tmp_path / "0")
         if older == "receiver":
-            ignored = property(lambda self: False, lambda self, said: None)
-            monkeypatch.setattr(Inbound, "zstd_blocks", ignored)
-            without_wants(worker)
-            worker.transfers._kept.drop(data.peer_id)
+            silent = partial(Go, zstd_blocks=False)
+            monkeypatch.setattr(pulling, "Go", lambda offset, **_: silent(offset))
         else:
             data.transfers._sending._tuning = TransferTuning(compression="none")
         await served.pulled(worker, data, tmp_path / "1")

@@ -27,7 +27,6 @@ from hypha.messages import (
     WORKER_TOPIC,
     Acknowledged,
     BulkDial,
-    BulkOffer,
     Health,
     JobStamp,
     PeerRef,
@@ -50,7 +49,7 @@ from hypha.scheduler.data.datasets import Pins
 pytestmark = pytest.mark.loopback
 
 #: answered by every node itself
-BUILT_IN = (Health, SameCertificate, BulkOffer, BulkDial, PullFile)
+BUILT_IN = (Health, SameCertificate, BulkDial)
 
 
 @dataclass

@@ -38,7 +38,7 @@ from hypha.messages import (
     SameCertificate,
 )
 from hypha.naming import learn, shown
-from hypha.net.bulk.bandwidth import Caps
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
 from hypha.net.discovery.gossip import Gossip, Publishers
