@@ -123,9 +123,9 @@ class Libp2pNode:
         self._security.admit = self._doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery)
         self.report, self.answer_reports = self._reports.report, self._reports.answer
-        publishers = Publishers(options.identity, options.require_roles, self._peers)
+        publishers = Publishers(options.identity, options.require_roles)
         self._gossip = Gossip(
-            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect, tuning.gossip
+            self._host, self._gateways.connected, self._gossips_with, publishers, tuning.gossip
         )
         self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
         self._gateways.joined = self._gossip.include
