@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from msgspec.structs import replace
 from tests.net.bulk_proxy import BulkProxy, Trouble, bulk_proxy
 from tests.support.network import Network, until
 from tests.support.stopwatch import Stopwatch
@@ -102,16 +101,18 @@ async def test_one_connection_carries_them_all(
 async def test_compressed_and_plain_files_may_follow_each_other(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with open_rig(network, tmp_path, monkeypatch) as rig:
+    tuning = TuningConfig(transfers=TransferTuning(compression="always"))
+    async with open_rig(network, tmp_path, monkeypatch, tuning=tuning) as rig:
         source = tmp_path / "source"
         source.write_bytes(b"again and again " * 200_000)
+        rig.far.transfers.accept("slice", None, rig._gate, rig._take)
         for number in range(4):
-            packed = number % 2
-            meta = replace(
-                await meta_of(source, "update", f"file-{number}"), encoding="zstd" if packed else "none"
-            )
+            kind = "slice" if number % 2 else "update"
+            meta = await meta_of(source, kind, f"file-{number}")
+            before = sum(rig.proxy.passed)
             await rig.near.transfers.send(rig.far.peer_id, source, meta)
             assert (tmp_path / f"file-{number}").read_bytes() == source.read_bytes()
+            assert (sum(rig.proxy.passed) - before < meta.size / 2) == (kind == "slice")
         assert len(rig.proxy.passed) == 1
 
 

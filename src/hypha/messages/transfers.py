@@ -46,6 +46,7 @@ class TransferMeta(Value):
     samples: int = 0
     #: with theta: the workers whose updates are in it
     contributors: tuple[str, ...] = ()
+    #: not read: each block of a file says whether it is compressed
     encoding: Literal["none", "zstd"] = "none"
     xxh3: str = ""
 
@@ -63,15 +64,13 @@ class FileList(Message):
 
 class BulkOffer(Message):
     """I will send this; what is offered again under the same ``token`` goes on. ``traceparent``: of which
-    operation the transfer is part. ``zstd_blocks``: I would compress single blocks, and say of each whether
-    it is. ``addresses`` is not read.
+    operation the transfer is part. ``addresses`` is not read.
     """
 
     token: Id
     meta: TransferMeta
     addresses: Addresses
     traceparent: str | None = None
-    zstd_blocks: bool = False
 
 
 class BulkAnswer(Message):

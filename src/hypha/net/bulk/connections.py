@@ -235,19 +235,14 @@ class StreamConnection(BulkConnection):
                 raise ConnectionBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
     async def _send_blocks(self, source: SourceFile, packer: BlockPacker) -> None:
-        cap, left = self._tally.caps.up, packer.left
-        buffer = memoryview(bytearray(BLOCK_BYTES))
-        size = _WRITE_BYTES
+        cap, size = self._tally.caps.up, _WRITE_BYTES
 
         def next_block() -> tuple[int, memoryview]:
-            block = buffer[: source.read_into(buffer[: min(left, BLOCK_BYTES)])]
-            if not packer.frames:
-                return len(block), block
-            data, packed = packer.packed(block)
-            return len(block), memoryview(encode_block_length(len(data), packed) + bytes(data))
+            plain, data, packed = packer.read(source)
+            return plain, memoryview(encode_block_length(len(data), packed) + bytes(data))
 
-        while left:
-            count, data = await self._call(next_block)
+        while packer.left:
+            plain, data = await self._call(next_block)
             began, wire = time.perf_counter(), len(data)
             while data:
                 piece = data[: size if cap is None else min(cap.portion, size)]
@@ -260,26 +255,17 @@ class StreamConnection(BulkConnection):
                 if cap is not None:
                     await cap.sleep(len(piece))
                 data = data[len(piece) :]
-            packer.sent(count, wire, time.perf_counter() - began)
-            left -= count
-            self._tally.add(sent=count)
+            packer.sent(plain, wire, time.perf_counter() - began)
+            self._tally.add(sent=plain)
 
     async def collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
-        whole = meta.encoding == "zstd"
         while left := meta.size - part.received:
-            if whole or go.zstd_blocks:
-                length, packed = decode_block_length(await self._read_exactly(LENGTH_BYTES, None))
-                data = await self._read_exactly(length, None)
-                if whole or packed:
-                    data = unpack_block(data)
-                if len(data) > left:
-                    raise ConnectionBroken("the peer sent more than it promised")
-            else:
-                try:
-                    data = await self._read_exactly(min(left, BLOCK_BYTES), None)
-                except ConnectionBroken:
-                    await self._call(part.write, bytes(self._buffer[:left]))
-                    raise
+            length, packed = decode_block_length(await self._read_exactly(LENGTH_BYTES, None))
+            data = await self._read_exactly(length, None)
+            if packed:
+                data = unpack_block(data)
+            if len(data) > left:
+                raise ConnectionBroken("the peer sent more than it promised")
             await self._call(part.write, data)
             self._tally.add(received=len(data))
 

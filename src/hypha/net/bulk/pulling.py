@@ -174,7 +174,7 @@ class Pulling:
         self, pull: WantedFile, inbound: Inbound, part: PartFile | None, stack: ExitStack
     ) -> Verdict:
         """Ask for the file, and receive it over the same connection; how that ended."""
-        go = Go(0 if part is None else part.received, zstd_blocks=True)
+        go = Go(0 if part is None else part.received)
 
         def want() -> WantFile:
             nonlocal go
@@ -200,7 +200,6 @@ class Pulling:
                 raise ConnectionBroken("it is another file than it was")
             inbound.meta, inbound.traceparent, inbound.link = answer.meta, answer.traceparent, link
             pull.offset = go.offset
-            go = msgspec.structs.replace(go, zstd_blocks=answer.zstd_blocks)
             with receiving(inbound):
                 note_link(link)
                 verdict = inbound.verdict = await self._receiving.collecting.collect(link, inbound, part, go)

@@ -104,17 +104,17 @@ class Receiving:
                     place = self.places.hold(inbound.moved)
                     await link.while_working(lambda: stack.enter_async_context(place))
                     inbound.has_turn = True
-                    inbound.verdict = await self._receive(link, inbound, offer.zstd_blocks)
+                    inbound.verdict = await self._receive(link, inbound)
         return inbound.arrived
 
-    async def _receive(self, link: BulkConnection, inbound: Inbound, zstd_blocks: bool) -> Verdict:
+    async def _receive(self, link: BulkConnection, inbound: Inbound) -> Verdict:
         note_link(link)
         with ExitStack() as stack:
             try:
                 part = await link.while_working(lambda: self.collecting.open_part(inbound, stack))
             except DiskFailed as exc:
                 return await self.collecting.disk_failed(link, inbound, exc)
-            go = Go(part.received, new_key(), zstd_blocks)
+            go = Go(part.received, new_key())
             await link.say(go)
             return await self.collecting.collect(link, inbound, part, go)
 

@@ -117,13 +117,7 @@ class Sending:
     async def _attempt(self, attempt: SendAttempt) -> Verdict:
         def offer() -> BulkOffer:
             require_receiver(self._links, attempt.peer_id, attempt.meta.kind)
-            return BulkOffer(
-                token=attempt.token,
-                meta=attempt.meta,
-                addresses=(),
-                traceparent=traceparent(),
-                zstd_blocks=attempt.packing is not None,
-            )
+            return BulkOffer(token=attempt.token, meta=attempt.meta, addresses=(), traceparent=traceparent())
 
         # what is offered must be there first
         async with self._opened(attempt) as source:
@@ -177,7 +171,7 @@ class Sending:
     def _packing_for(self, peer: str, meta: TransferMeta) -> Packing | None:
         """Who decides whether its blocks are compressed; None: they are not."""
         mode = self._tuning.compression
-        if mode == "none" or meta.encoding != "none" or meta.kind not in PACKED_KINDS:
+        if mode == "none" or meta.kind not in PACKED_KINDS:
             return None
         return Packing(mode, self._tuning.compression_level, self._lines.get(peer))
 
@@ -235,16 +229,14 @@ class Sending:
         self, link: BulkConnection, want: WantFile, path: Path, meta: TransferMeta
     ) -> None:
         """Raises TransferFailed, TransferCorrupt and Refused."""
-        packing = self._packing_for(link.peer, meta) if want.go.zstd_blocks else None
-        attempt = SendAttempt(link.peer, path, meta, "", packing)
+        attempt = SendAttempt(link.peer, path, meta, "", self._packing_for(link.peer, meta))
         try:
             async with AsyncExitStack() as stack:
                 place = self.places.hold(attempt.moved)
                 await link.while_working(lambda: stack.enter_async_context(place))
                 source = await stack.enter_async_context(self._opened(attempt))
-                await link.say(FileFound(meta, packing is not None, traceparent()))
-                go = Go(want.go.offset, want.go.key, packing is not None)
-                verdict = await self._deliver(attempt, source, link, go)
+                await link.say(FileFound(meta, traceparent()))
+                verdict = await self._deliver(attempt, source, link, want.go)
         except FileChanged as exc:
             if attempt.link is None:
                 with suppress(ConnectionBroken):

@@ -47,10 +47,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Sealed at first; twice as much each time, up to ``BLOCK_BYTES``: a block that is cut is lost, and a
-#: connection that never lasts long is to bring something each time. What is compressed goes in whole blocks.
-_FIRST_SEALED_BYTES = 16 << 10
-
 
 class SocketConnection(BulkConnection):
     def __init__(
@@ -176,20 +172,14 @@ class SocketConnection(BulkConnection):
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         sealer = Sealer(packer.go.key)
-        count = BLOCK_BYTES if packer.whole else _FIRST_SEALED_BYTES
-        buffer = memoryview(bytearray(BLOCK_BYTES))
         source.seek(packer.go.offset)
-        left = packer.left
         # an early word from the receiver is a refusal: stop and listen
-        while left and not self._sock.pending() and not poll.poll(0):
-            block = buffer[: source.read_into(buffer[: min(left, count)])]
-            data, packed = packer.packed(block)
+        while packer.left and not self._sock.pending() and not poll.poll(0):
+            plain, data, packed = packer.read(source)
             began = time.perf_counter()
             self._write_raw(sealer.seal(data, packed))
-            packer.sent(len(block), len(data), time.perf_counter() - began)
-            left -= len(block)
-            count = min(2 * count, BLOCK_BYTES)
-            self._tally.add(sent=len(block))
+            packer.sent(plain, len(data), time.perf_counter() - began)
+            self._tally.add(sent=plain)
         while True:
             frame = self._read_frame()
             if isinstance(frame, Verdict):
@@ -198,7 +188,6 @@ class SocketConnection(BulkConnection):
                 raise ConnectionBroken(f"the peer said {type(frame).__name__} where its verdict was due")
 
     def _collect(self, part: PartFile, meta: TransferMeta, go: Go) -> None:
-        whole = meta.encoding == "zstd"
         opener = Opener(go.key)
         head = bytearray(LENGTH_BYTES)
         buffer = memoryview(bytearray(MAX_BLOCK_BYTES + TAG_BYTES))
@@ -208,7 +197,7 @@ class SocketConnection(BulkConnection):
             sealed = buffer[: length + TAG_BYTES]
             self._read_exactly(self._read_raw, sealed)
             block: memoryview | bytes = opener.open(sealed, packed)
-            if whole or packed:
+            if packed:
                 block = unpack_block(block)
             if len(block) > left:
                 raise ConnectionBroken("the peer sent more than it promised")

@@ -8,11 +8,9 @@ for one (:class:`WantFile`, which includes its ``Go``), which is answered by :cl
 offer or want of the same end. Whoever cannot dial asks to be dialled (:class:`~hypha.messages.BulkDial`):
 such a connection begins with the dialler's :class:`Hello`, after which the other end speaks first.
 
-A frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow as
-they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each compressed on its
-own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk.blocks` seals, each perhaps
-compressed before. Where sender and receiver both say ``zstd_blocks`` the bytes follow in blocks on streams as
-well, and the highest bit of a block's length says whether that one is compressed.
+A frame is its length (4 bytes, big-endian) and a MessagePack struct. A file's bytes follow in blocks of at
+most ``BLOCK_BYTES`` plain bytes, each behind its length, of which the highest bit says whether it is
+compressed (:mod:`hypha.net.bulk.blocks`); on a socket they are sealed.
 
 Whether a peer may send or take files of a kind is decided by its role (:data:`hypha.access.KINDS`)."""
 
@@ -92,19 +90,15 @@ class Hello(Struct, frozen=True, tag="hello"):
 
 class Go(Struct, frozen=True, tag="go"):
     """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``, which is of this file
-    and this connection alone; with ``zstd_blocks``, which only answers an offer that says so, single blocks
-    may be compressed.
+    and this connection alone.
     """
 
     offset: int
     key: bytes = b""
-    zstd_blocks: bool = False
 
 
 class WantFile(Struct, frozen=True, tag="want"):
-    """The file that ``request`` names is asked for on this connection. ``go`` is what would answer an offer;
-    its ``zstd_blocks`` says that the bytes may follow so.
-    """
+    """The file that ``request`` names is asked for; ``go`` is what would answer an offer of it."""
 
     request: PullFile
     go: Go
@@ -115,7 +109,6 @@ class FileFound(Struct, frozen=True, tag="found"):
     """The answer to :class:`WantFile`; the bytes follow at once, from the offset on that was asked for."""
 
     meta: TransferMeta
-    zstd_blocks: bool = False
     traceparent: str | None = None
 
 
