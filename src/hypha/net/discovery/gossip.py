@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -34,7 +34,7 @@ from hypha.messages.envelopes import CertificateChain
 from hypha.naming import shown
 from hypha.net.libp2p import pubsub
 from hypha.net.peers.inbound_limits import OverLimit
-from hypha.node import PublishedRequest
+from hypha.node import Listeners, PublishedRequest
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import GOSSIP_MESSAGES
 from hypha.tracing import hop_traceparent, span, start_span, traceparent
@@ -83,9 +83,8 @@ class Gossip:
         self._pubsub.set_topic_validator(WORKER_TOPIC, self._may_publish, False)
         # message numbers of a restarted node must not repeat those its peers still remember
         self._pubsub.counter = time.time_ns()
-        self._listeners: set[
-            tuple[trio.MemorySendChannel[PublishedRequest], trio.MemoryReceiveChannel[PublishedRequest]]
-        ] = set()
+        self._listeners = Listeners[PublishedRequest](BACKLOG, lambda: GOSSIP_MESSAGES.add(event="dropped"))
+        self.subscribe = self._listeners.listen
 
     async def start(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         """Run until ``stack`` is unwound."""
@@ -135,18 +134,6 @@ class Gossip:
         if scope.cancelled_caught:
             logger.warning("Nobody is there to pass a worker request on; it is published all the same.")
 
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[PublishedRequest]]:
-        """A channel of (publisher, message), from now on; for a slow reader the oldest are dropped."""
-        channel = trio.open_memory_channel[PublishedRequest](BACKLOG)
-        self._listeners.add(channel)
-        try:
-            async with channel[1]:
-                yield channel[1]
-        finally:
-            self._listeners.discard(channel)
-            channel[0].close()
-
     def _may_publish(self, forwarder: ID, raw: Any) -> bool:
         """What the library asks, once for each message, before it is passed on or taken."""
         publisher = ID(raw.from_id)
@@ -181,16 +168,14 @@ class Gossip:
             text = "A worker request names another scheduler than its publisher; it is dropped."
             return _drop(publisher, text)
         GOSSIP_MESSAGES.add(event="received")
-        logger.debug(
-            "Request %s for workers arrived.", envelope.body.request_id, extra={"peer_id": publisher}
-        )
+        request = envelope.body
+        logger.debug("Request %s for workers arrived.", request.request_id, extra={"peer_id": publisher})
         if not self._listeners:
             return
         attributes = {**_attributes("receive"), "hypha.peer": publisher}
         parent = _passed_on(envelope.traceparent, publisher, self._pubsub.forwarder_of(raw))
         with span(GOSSIP_RECEIVE, attributes, kind=SpanKind.CONSUMER, parent=parent):
-            for send, receive in self._listeners:
-                _put(send, receive, PublishedRequest(publisher, envelope.body, traceparent()))
+            self._listeners.tell(PublishedRequest(publisher, request, traceparent()))
 
     def _begin_relaying(self, raw: Any, forwarder: str) -> Callable[[set[str]], None]:
         """A message of somebody else is about to be passed on."""
@@ -242,21 +227,6 @@ def _hop(sent_in: str | None, peer: str) -> str | None:
         return hop_traceparent(sent_in, peer) if sent_in else None
     except ValueError:
         return None
-
-
-def _put(
-    send: trio.MemorySendChannel[PublishedRequest],
-    receive: trio.MemoryReceiveChannel[PublishedRequest],
-    heard: PublishedRequest,
-) -> None:
-    try:
-        send.send_nowait(heard)
-    except trio.WouldBlock:
-        receive.receive_nowait()  # this very moment full, so there is an oldest one
-        GOSSIP_MESSAGES.add(event="dropped")
-        send.send_nowait(heard)
-    except trio.BrokenResourceError:
-        logger.debug("A listener has just left.")
 
 
 class _Certified(Struct):
