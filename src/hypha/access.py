@@ -89,13 +89,13 @@ REQUESTS: Mapping[type, Use] = {
     ReportEvent: Use(WORKER, "what an executor did, to its job's scheduler"),
     NextSlice: Use(WORKER, "which slice comes next, from the job's scheduler"),
     DescribeDataset: Use(_CONSUMERS, "the manifest of a dataset"),
-    PullFile: Use(_CONSUMERS, "be sent a file; its kind says by whom"),
+    PullFile: Use(NOBODY, "not used"),
     ListFiles: Use(_CONSUMERS, "what files there are to pull"),
     HoldCheckpoint: Use(SCHEDULER, "have a worker keep a copy of a checkpoint"),
     DropCheckpoints: Use(SCHEDULER, "have it delete such copies"),
     FindCheckpoints: Use(SCHEDULER, "what copies of the caller's jobs a worker has"),
-    BulkOffer: Use(_ENDS, "send a file; its kind says to whom"),
-    BulkDial: Use(_ENDS, "be dialled for a file that was agreed on"),
+    BulkOffer: Use(NOBODY, "not used"),
+    BulkDial: Use(_ENDS, "be dialled, to send a file or to ask for one"),
 }
 
 #: Gossip topics, by the roles of the publisher, whose certificate travels with the message.
@@ -105,8 +105,8 @@ TOPICS: Mapping[str, Use] = {
 
 #: Frames that begin a file on a connection of the bulk plane, by the roles of whoever sends one.
 FRAMES: Mapping[str, Use] = {
-    "Hello": Use(_ENDS, "a new connection for a file that was agreed on"),
-    "BulkOffer": Use(_ENDS, "send a file over a connection that was kept; its kind says to whom"),
+    "Hello": Use(_ENDS, "a connection that was asked for by `BulkDial`, of whom was asked"),
+    "BulkOffer": Use(_ENDS, "send a file; its kind says to whom"),
     "WantFile": Use(_CONSUMERS, "ask for a file; its kind says of whom"),
 }
 
@@ -118,8 +118,7 @@ KADEMLIA_PROTOCOL = "/ipfs/kad/1.0.0"
 STREAMS: Mapping[str, Use] = {
     "/hypha/rpc/1": Use(EVERYBODY, "one request; its type says by whom"),
     "/hypha/report/1": Use(WORKER, "progress, to the job's scheduler"),
-    "/hypha/bulk/1": Use(_ENDS, "a file that was agreed on, where no socket can be had"),
-    "/hypha/bulk/want/1": Use(_CONSUMERS, "ask for a file there; its kind says of whom"),
+    "/hypha/bulk/1": Use(_ENDS, "a file, where no socket can be had; its kind says to and from whom"),
     HOP_PROTOCOL: Use(EVERYBODY, "at a gateway: be reachable through it, or reach somebody who is"),
     STOP_PROTOCOL: Use(GATEWAY, "a circuit that arrives"),
     KADEMLIA_PROTOCOL: Use(EVERYBODY, "at a gateway: one query of the directory; its type says by whom"),

@@ -8,15 +8,17 @@ thread; any call may be cancelled at any time. What goes wrong comes out as ``Re
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import trio
 
 from hypha.messages import PeerRef, PullFile, Report, Request, Response, TransferMeta, WorkerRequest
+
+T = TypeVar("T")
 
 #: (caller, what it offers) -> where the file goes; raises Refused
 Gate = Callable[[str, TransferMeta], Awaitable[Path]]
@@ -87,6 +89,41 @@ class Changes:
         while self.count <= seen:
             await self._next.wait()
         return self.count
+
+
+class Listeners(Generic[T]):
+    """Channels, each of somebody who listens from then on. Who leaves ``backlog`` items unread misses the
+    oldest, each time of which ``missed`` is called.
+    """
+
+    def __init__(self, backlog: int, missed: Callable[[], object]) -> None:
+        self._backlog = backlog
+        self._missed = missed
+        self._channels: dict[trio.MemorySendChannel[T], trio.MemoryReceiveChannel[T]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._channels)
+
+    def tell(self, item: T) -> None:
+        """Never blocks."""
+        for send, receive in self._channels.items():
+            with suppress(trio.BrokenResourceError):  # one has just left
+                try:
+                    send.send_nowait(item)
+                except trio.WouldBlock:
+                    receive.receive_nowait()  # this very moment full, so there is an oldest one
+                    self._missed()
+                    send.send_nowait(item)
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[trio.MemoryReceiveChannel[T]]:
+        send, receive = trio.open_memory_channel[T](self._backlog)
+        self._channels[send] = receive
+        try:
+            with send, receive:
+                yield receive
+        finally:
+            del self._channels[send]
 
 
 class Transfers(Protocol):

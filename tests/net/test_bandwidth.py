@@ -13,7 +13,7 @@ from tests.support.network import Network, until
 
 from hypha.config.tuning import HoursConfig, LimitsConfig
 from hypha.messages import Health, TransferMeta
-from hypha.net.bulk.bandwidth import (
+from hypha.net.bandwidth import (
     CREDIT_S,
     LEAST_PORTION_BYTES,
     LOOK_S,

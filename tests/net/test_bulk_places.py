@@ -11,8 +11,7 @@ import trio
 import trio.testing
 
 from hypha.messages import TransferMeta
-from hypha.net.bulk.inbound import TRICKLE_BYTES, Acceptor, Inbound
-from hypha.net.bulk.rendezvous import Expected
+from hypha.net.bulk.inbound import TRICKLE_BYTES, Inbound
 from hypha.net.bulk.turns import MAX_LENT, STILL_S, TransferSlots
 
 
@@ -114,14 +113,6 @@ async def test_whoever_is_cancelled_leaves_no_place_behind(autojump_clock: trio.
         nursery.cancel_scope.cancel()
 
 
-async def _anywhere(peer: str, meta: TransferMeta) -> Path:
-    return Path(meta.name)
-
-
-async def _taken(peer: str, meta: TransferMeta, path: Path) -> None:
-    pass
-
-
 def test_a_trickle_does_not_keep_a_place() -> None:
     """Two peers that send a byte a second would keep everybody else's files from being received."""
     link = SimpleNamespace(heard=0)
@@ -130,10 +121,7 @@ def test_a_trickle_does_not_keep_a_place() -> None:
         token="t" * 16,
         caller="peer",
         meta=meta,
-        acceptor=Acceptor(gate=_anywhere, arrived=_taken, limit=1 << 30),
         destination=Path("u"),
-        expected=Expected("peer"),
-        offered_at=0.0,
     )
     inbound.link = link  # type: ignore[assignment]
     moved, heard = inbound.moved(), inbound.heard()

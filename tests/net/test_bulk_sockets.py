@@ -8,7 +8,7 @@ import socket
 import pytest
 import trio
 
-from hypha.net.bulk.connections import in_thread
+from hypha.net.bulk.sockets import in_thread
 from hypha.net.bulk.wire import ConnectionBroken
 
 

@@ -62,8 +62,10 @@ async def test_a_message_of_more_than_any_request_needs_is_not_passed_on(network
         # joins the mesh
         await scheduler.publish(worker_request(scheduler, "first"))
         for name, padding in (("large", MAX_MESSAGE_BYTES), ("small", 100)):
-            envelope = GossipEnvelope(body=worker_request(scheduler, name))
-            padded = msgspec.to_builtins(envelope) | {"unknown": "x" * padding}
+            envelope = GossipEnvelope(
+                body=worker_request(scheduler, name), certificates=scheduler.identity.certificates
+            )
+            padded = msgspec.to_builtins(envelope, builtin_types=(bytes,)) | {"unknown": "x" * padding}
             await scheduler._gossip._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(padded))
         names: set[str] = set()
         with trio.fail_after(20):

@@ -42,7 +42,7 @@ from hypha.messages import (
 )
 from hypha.net import Libp2pNode as Node
 from hypha.net import rpc
-from hypha.net.bulk.connections import SocketConnection
+from hypha.net.bulk.sockets import SocketConnection
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import BULK_ALPN, BULK_PROTOCOL, encode_length
 from hypha.net.libp2p.relay import HOP, STOP
@@ -184,7 +184,8 @@ def packed(message: Any) -> bytes:
 async def gossip(case: Case) -> None:
     from tests.net.test_gossip_and_dht import worker_request
 
-    envelope = GossipEnvelope(body=worker_request(case.hostile, PLACE))
+    certificates = case.hostile.identity.certificates
+    envelope = GossipEnvelope(body=worker_request(case.hostile, PLACE), certificates=certificates)
     case.victim._gateways.known[case.hostile.peer_id] = ()
     messages = [signed(case, data, number) for number, data in enumerate([*both(envelope), DEEP, NO_TEXT])]
     async with case.victim.subscribe():

@@ -300,6 +300,7 @@ async def test_debug_tells_of_connections_requests_and_files(
         async with network.gateway(roles=()) as far, network.leaf("worker", [far]) as near:
             accept(far, tmp_path, "update")
             await near.transfers.send(far.peer_id, source, await meta_of(source, "update", "first"))
+            await near.request(far.peer_id, Health())
             await near.provide("digits")
             await near.publish(worker_request(near))
     said = {(record.name, record.getMessage().split()[0]) for record in caplog.records}

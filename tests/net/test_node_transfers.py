@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -17,7 +16,7 @@ from hypha.errors import Refused
 from hypha.messages import PeerRef, TransferMeta
 from hypha.net import meta_of
 from hypha.net.bulk.connections import BulkConnection
-from hypha.net.bulk.sending import Sending
+from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.turns import LONGEST_BUSY_PAUSE_S
 from hypha.net.bulk.ways import SLOW_WAY_S, Way
 
@@ -145,20 +144,20 @@ async def test_a_way_that_was_given_up_is_tried_last(
     source = tmp_path / "source"
     source.write_bytes(os.urandom(1000))
     tried: list[str] = []
-    real = Sending._try_way
+    real = Rendezvous._open
 
-    async def slow(self: Sending, way: Way, *arguments: Any) -> BulkConnection:
+    async def slow(self: Rendezvous, peer: str, way: Way) -> BulkConnection:
         tried.append(way)
         if way == "direct":
             await trio.sleep_forever()
-        return await real(self, way, *arguments)
+        return await real(self, peer, way)
 
     async def gate(caller: str, meta: TransferMeta) -> Path:
         return tmp_path / "arrived"
 
     async def done(caller: str, meta: TransferMeta, path: Path) -> None: ...
 
-    monkeypatch.setattr(Sending, "_try_way", slow)
+    monkeypatch.setattr(Rendezvous, "_open", slow)
     async with (
         network.gateway() as gateway,
         network.leaf("worker", [gateway]) as worker,

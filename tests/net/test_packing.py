@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from tests.support.earlier import without_wants
 from tests.support.network import Network, until
 
 from hypha.config.tuning import LimitsConfig, TransferTuning, TuningConfig
@@ -16,7 +15,6 @@ from hypha.errors import TransferFailed
 from hypha.messages import PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk.blocks import MARGIN, MEASURE_ANEW_BYTES, SAMPLE_BYTES, BlockPacker, Known, Packing
-from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.sending import SendAttempt, Sending
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import BLOCK_BYTES
@@ -215,26 +213,18 @@ async def test_what_does_not_shrink_goes_as_it_is(
 
 
 @pytest.mark.loopback
-@pytest.mark.parametrize("older", ["sender", "receiver"])
-async def test_between_versions_blocks_go_as_they_are(
-    network: Network, tmp_path: Path, sent: list[SendAttempt], older: str, monkeypatch: pytest.MonkeyPatch
+async def test_who_is_not_to_compress_does_not(
+    network: Network, tmp_path: Path, sent: list[SendAttempt]
 ) -> None:
-    """Each of them says the word, and who is of before neither says nor understands it."""
     served = await slice_of(tmp_path / "slice", 3 << 20)
     always = TuningConfig(transfers=TransferTuning(compression="always"))
     async with network.gateway(roles=(), tuning=always) as data, network.leaf("worker", [data]) as worker:
         await served.pulled(worker, data, tmp_path / "0")
-        if older == "receiver":
-            ignored = property(lambda self: False, lambda self, said: None)
-            monkeypatch.setattr(Inbound, "zstd_blocks", ignored)
-            without_wants(worker)
-            worker.transfers._kept.drop(data.peer_id)
-        else:
-            data.transfers._sending._tuning = TransferTuning(compression="none")
+        data.transfers._sending._tuning = TransferTuning(compression="none")
         await served.pulled(worker, data, tmp_path / "1")
     assert sent[0].packing is not None
     assert sent[0].packing.packed_bytes < 0.5 * served.meta.size
-    assert sent[1].packing is None or sent[1].packing.plain_bytes == 0
+    assert sent[1].packing is None
 
 
 @pytest.mark.loopback

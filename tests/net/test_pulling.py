@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import trio
 from tests.net.bulk_proxy import BulkProxy, Trouble, bulk_proxy
-from tests.support.earlier import without_wants
 from tests.support.network import Network, until
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
-from hypha.messages import BulkDial, BulkOffer, PeerRef, PullFile, TransferMeta
+from hypha.messages import BulkDial, PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net.bulk import kept_connections, serving
-from hypha.net.bulk import sending as bulk_sending
+from hypha.net.bulk import connections, kept_connections, rendezvous
+from hypha.net.bulk.blocks import new_key
 from hypha.net.bulk.signals import note_link
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.bulk.wire import ConnectionBroken, FileFound, Go, WantFile, Working
@@ -71,7 +70,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     real = Node.request
 
     async def request(self: Node, peer: Any, request: Any, timeout_s: float = 10.0) -> Any:
-        if isinstance(request, PullFile | BulkOffer | BulkDial):
+        if isinstance(request, BulkDial):
             found[type(request).__name__] += 1
         return await real(self, peer, request, timeout_s)
 
@@ -133,8 +132,8 @@ async def test_a_provider_that_cannot_be_dialled_dials_and_is_asked_over_that_co
         for number in range(3):
             await slice_.pull(worker, tmp_path / f"{number}")
         await until(lambda: slice_.ended == [None] * 3)
-    assert requests["PullFile"] == 1
-    assert [kept for _, kept in ways] == [False, True, True]
+    assert requests == {"BulkDial": 1}
+    assert ways == [("dial-back", False), ("dial-back", True), ("dial-back", True)]
 
 
 async def test_where_neither_can_dial_a_stream_through_the_relay_carries_it(
@@ -150,41 +149,9 @@ async def test_where_neither_can_dial_a_stream_through_the_relay_carries_it(
         for number in range(3):
             await slice_.pull(worker, tmp_path / f"{number}")
         await until(lambda: slice_.ended == [None] * 3)
-    # how it was sent after the first request is how it is asked for from then on
-    assert requests["PullFile"] == 1
+    # the way that worked is the first one from then on
+    assert requests == {"BulkDial": 1}
     assert ways == [("stream", False)] * 3
-
-
-@pytest.mark.parametrize("earlier", ["provider", "puller"])
-async def test_who_is_of_an_earlier_version_asks_and_is_asked_by_a_request(
-    network: Network, tmp_path: Path, requests: Counter[str], earlier: str
-) -> None:
-    async with network.gateway(roles=()) as data, network.leaf("worker", [data]) as worker:
-        without_wants(data if earlier == "provider" else worker)
-        slice_ = await provided(data, tmp_path)
-        for number in range(3):
-            await slice_.pull(worker, tmp_path / f"{number}")
-        await until(lambda: slice_.ended == [None] * 3)
-    assert requests["PullFile"] >= 3
-    # others are offered over what was kept, unless they are asked for before their sender has heard that the
-    # last one arrived
-    assert 1 <= requests["BulkOffer"] <= kept_connections.MAX_KEPT_PER_PEER
-
-
-async def test_an_earlier_version_behind_a_relay_is_asked_by_a_request(
-    network: Network, tmp_path: Path, requests: Counter[str]
-) -> None:
-    async with (
-        network.gateway() as gateway,
-        network.leaf("data", [gateway], exclude_cidr=HIDDEN) as data,
-        network.leaf("worker", [gateway], exclude_cidr=HIDDEN) as worker,
-    ):
-        without_wants(data)
-        await until(lambda: any("p2p-circuit" in one for one in data.ref().addresses))
-        slice_ = await provided(data, tmp_path)
-        for number in range(2):
-            await slice_.pull(worker, tmp_path / f"{number}")
-    assert requests["PullFile"] >= 2
 
 
 async def test_a_refusal_leaves_the_connection_for_the_next_one(
@@ -223,7 +190,7 @@ async def test_who_is_busy_is_asked_again_and_costs_no_place(network: Network, t
 async def test_too_many_are_told_that_it_is_busy(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "MAX_SERVED_PER_PEER", 0)
+    monkeypatch.setattr(rendezvous, "MAX_ANSWERED_PER_PEER", 0)
     monkeypatch.setattr("hypha.net.bulk.turns.BUSY_FOR_S", 0.3)
     async with behind_proxy(network) as (worker, data, _):
         slice_ = await provided(data, tmp_path)
@@ -235,8 +202,8 @@ async def test_too_many_are_told_that_it_is_busy(
 async def test_a_puller_hears_that_others_are_served_first(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_sending, "FIRST_WORD_S", 1.0)
-    monkeypatch.setattr("hypha.net.bulk.connections.WORKING_INTERVAL_S", 0.3)
+    monkeypatch.setattr(connections, "FIRST_WORD_S", 1.0)
+    monkeypatch.setattr(connections, "WORKING_INTERVAL_S", 0.3)
     async with behind_proxy(network) as (worker, data, proxy):
         slice_ = await provided(data, tmp_path)
         places = data.transfers._sending.places
@@ -330,7 +297,7 @@ async def test_a_file_that_is_not_there_any_more_fails_the_pull(network: Network
 async def test_a_kept_connection_that_went_dead_costs_a_pause_and_no_file(
     network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_sending, "FIRST_WORD_S", 1.0)
+    monkeypatch.setattr(connections, "FIRST_WORD_S", 1.0)
     async with behind_proxy(network) as (worker, data, proxy):
         slice_ = await provided(data, tmp_path)
         proxy.trouble = trouble = Trouble()
@@ -372,8 +339,8 @@ async def test_of_both_ends_that_keep_a_connection_one_speaks(network: Network, 
         await slice_.pull(worker, tmp_path / "0")
         await until(lambda: len(data.transfers._kept._kept) == len(worker.transfers._kept._kept) == 1)
         ours, theirs = worker.transfers._kept, data.transfers._kept
-        assert (ours._kept[0].speaks, theirs._kept[0].speaks) == (True, False)
-        assert theirs.take(worker.peer_id, data.identity) is None
+        assert (ours._kept[0].link.speaks, theirs._kept[0].link.speaks) == (True, False)
+        assert theirs.take(worker.peer_id) is None
 
         # what was pulled over may carry what is pushed, and the other way round
         arrived = tmp_path / "arrived"
@@ -387,21 +354,18 @@ async def test_of_both_ends_that_keep_a_connection_one_speaks(network: Network, 
         update = await meta_of(slice_.path, "update", "u")
         await worker.transfers.send(data.peer_id, slice_.path, update)
         await slice_.pull(worker, tmp_path / "1")
-        assert [one.speaks for one in ours._kept] == [True]
+        assert [one.link.speaks for one in ours._kept] == [True]
 
 
 @pytest.mark.parametrize("first", [Working(), FileFound(TransferMeta(kind="slice", name="x", size=1)), Go(0)])
 async def test_what_was_not_asked_ends_the_connection(network: Network, tmp_path: Path, first: Any) -> None:
     async with network.gateway(roles=()) as data, network.leaf("worker", [data]) as worker:
         slice_ = await provided(data, tmp_path)
-        link = await worker.transfers._rendezvous.dial(data.peer_id, (), None)
-        with pytest.raises(ConnectionBroken):
-            await link.ask(first)
-        await link.close()
-        stream = await worker.transfers._rendezvous.open_stream(data.peer_id, None)
-        with pytest.raises(ConnectionBroken):
-            await stream.ask(first)
-        await stream.close()
+        for way in ("direct", "stream"):
+            link = await worker.transfers._rendezvous._open(data.peer_id, way)
+            with pytest.raises(ConnectionBroken):
+                await link.ask(first)
+            await link.close()
         await slice_.pull(worker, tmp_path / "0")
 
 
@@ -411,9 +375,8 @@ async def test_an_offset_beyond_the_file_ends_the_connection(
 ) -> None:
     async with network.gateway(roles=()) as data, network.leaf("worker", [data]) as worker:
         slice_ = await provided(data, tmp_path)
-        link = await worker.transfers._rendezvous.dial(data.peer_id, (), None)
-        request = PullFile(kind="slice", name=NAME, token="0123456789abcdef")
-        await link.say(WantFile(request, link.new_go(offset, zstd_blocks=False)))
+        link = await worker.transfers._rendezvous.dial(data.peer_id, ())
+        await link.say(WantFile(PullFile(kind="slice", name=NAME), Go(offset, new_key())))
         found = await link.hear()
         assert isinstance(found, FileFound)
         with pytest.raises(ConnectionBroken):
@@ -426,5 +389,5 @@ async def test_an_offset_beyond_the_file_ends_the_connection(
 
 def test_constants_of_both_ends_fit_together() -> None:
     """A provider is told in time that it has to wait, or it would be taken for dead."""
-    assert kept_connections.WORKING_INTERVAL_S < bulk_sending.FIRST_WORD_S
+    assert connections.SOON_S < connections.WORKING_INTERVAL_S < connections.FIRST_WORD_S
     assert kept_connections.SPEAKER_KEEPS_S < kept_connections.LISTENER_KEEPS_S

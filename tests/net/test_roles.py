@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
@@ -27,7 +28,7 @@ from hypha.messages import (
     WORKER_TOPIC,
     Acknowledged,
     BulkDial,
-    BulkOffer,
+    GossipEnvelope,
     Health,
     JobStamp,
     PeerRef,
@@ -50,7 +51,7 @@ from hypha.scheduler.data.datasets import Pins
 pytestmark = pytest.mark.loopback
 
 #: answered by every node itself
-BUILT_IN = (Health, SameCertificate, BulkOffer, BulkDial, PullFile)
+BUILT_IN = (Health, SameCertificate, BulkDial)
 
 
 @dataclass
@@ -395,27 +396,22 @@ async def test_a_request_says_who_asks_to_a_worker_that_never_met_the_scheduler(
         assert not worker.is_connected(scheduler.peer_id)
 
 
-@pytest.mark.parametrize("role", ["scheduler", "worker"])
-async def test_a_publisher_of_an_older_version_is_asked_who_it_is(
-    network: Network, role: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_request_without_a_certificate_is_taken_and_passed_on_by_nobody(
+    network: Network, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its requests carry no certificate. The gateway, an older one too, passes on what a worker publishes."""
     async with (
         network.gateway() as gateway,
         network.leaf("worker", [gateway], roles=("worker",)) as worker,
         worker.subscribe() as heard,
-        network.leaf("publisher", [gateway], roles=(role,)) as publisher,
+        network.leaf("publisher", [gateway], roles=("scheduler",)) as publisher,
     ):
-        monkeypatch.setattr(type(publisher._gossip._publishers), "own_certificates", ())
-        monkeypatch.setattr(gateway._gossip._publishers, "refused", lambda *of: False)
-        await publisher.publish(worker_request(publisher, "r"))
-        if role == "scheduler":
-            with trio.fail_after(5):
-                assert (await heard.receive()).publisher == publisher.peer_id
-        else:
-            await until(lambda: "and its certificate carries the role worker" in caplog.text)
-            assert heard.statistics().current_buffer_used == 0
-        assert worker.is_connected(publisher.peer_id)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(publisher._gossip._publishers), "own_certificates", ())
+            await publisher.publish(worker_request(publisher, "without"))
+        await until(lambda: "no certificate is with it" in caplog.text)
+        await publisher.publish(worker_request(publisher, "with"))
+        with trio.fail_after(5):
+            assert (await heard.receive()).request.request_id == "with"
 
 
 async def test_a_certificate_of_somebody_else_proves_nothing(network: Network) -> None:
@@ -425,9 +421,14 @@ async def test_a_certificate_of_somebody_else_proves_nothing(network: Network) -
         network.leaf("worker", [gateway], roles=("worker",)) as worker,
     ):
         publishers = worker._gossip._publishers
-        assert not publishers.refused(WORKER_TOPIC, scheduler.peer_id, scheduler.certificates)
-        for stolen in (scheduler.certificates, (b"\xff", b""), (scheduler.certificates[1],)):
-            assert publishers.refused(WORKER_TOPIC, gateway.peer_id, stolen)
+
+        def refused(publisher: str, *certificates: bytes) -> bool:
+            envelope = GossipEnvelope(body=worker_request(gateway, "r"), certificates=certificates)
+            return publishers.refused(publisher, msgspec.msgpack.encode(envelope))
+
+        assert not refused(scheduler.peer_id, *scheduler.certificates)
+        for stolen in (scheduler.certificates, (b"\xff", b""), (scheduler.certificates[1],), ()):
+            assert refused(gateway.peer_id, *stolen)
 
 
 async def test_without_require_roles_a_certificate_without_one_may_do_everything(network: Network) -> None:

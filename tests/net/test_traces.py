@@ -211,7 +211,11 @@ async def test_a_message_that_names_no_operation_is_heard(
         network.leaf("scheduler", [gateway]) as scheduler,
     ):
         await until(lambda: gateway.mesh_size == 2)
-        envelope = GossipEnvelope(body=worker_request(scheduler), traceparent=sent)
+        envelope = GossipEnvelope(
+            body=worker_request(scheduler),
+            traceparent=sent,
+            certificates=scheduler.identity.certificates,
+        )
         await scheduler._gossip._pubsub.publish(WORKER_TOPIC, encode(envelope))
         with trio.fail_after(20):
             assert (await heard.receive()).publisher == scheduler.peer_id

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,10 +19,10 @@ from tests.support.network import Network, Pki, until
 from tests.support.stopwatch import Stopwatch
 
 from hypha.errors import Refused, TransferCorrupt, TransferFailed
-from hypha.messages import BulkAnswer, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
+from hypha.messages import BulkDial, BulkOffer, JobStamp, PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
 from hypha.net.bulk.transfers import meta_of
-from hypha.net.bulk.wire import BULK_ALPN, Hello, Verdict, decode_frame, encode_frame
+from hypha.net.bulk.wire import BULK_ALPN, Go, Hello, Verdict, encode_frame
 from hypha.pki.identity import load_identity
 
 pytestmark = pytest.mark.loopback
@@ -109,18 +110,12 @@ async def test_fifty_megabytes_go_both_ways(network: Network, tmp_path: Path, in
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, (1 << 20) + 1])
-@pytest.mark.parametrize("encoding", ["none", "zstd"])
-async def test_sizes_around_the_edges(
-    network: Network, tmp_path: Path, inbox: Inbox, size: int, encoding: str
-) -> None:
+async def test_sizes_around_the_edges(network: Network, tmp_path: Path, inbox: Inbox, size: int) -> None:
     source = tmp_path / "source"
     source.write_bytes(bytes(size // 2) + os.urandom(size - size // 2))
     async with pair(network) as ends:
         inbox.on(ends.far)
-        meta = replace(
-            await meta_of(source, "update", "file"), encoding=encoding if encoding == "zstd" else "none"
-        )
-        await ends.near.transfers.send(ends.far.ref(), source, meta)
+        await ends.near.transfers.send(ends.far.ref(), source, await meta_of(source, "update", "file"))
     assert (inbox.directory / "file").read_bytes() == source.read_bytes()
 
 
@@ -340,9 +335,6 @@ async def test_two_nodes_that_cannot_dial_each_other_use_the_relay(
             await sender.transfers.send(receiver.ref(), source, await meta_of(source, "update", name))
             assert (inbox.directory / name).read_bytes() == source.read_bytes()
         assert {one.kind for one in sender.connections() if one.peer == receiver.peer_id} == {"relayed"}
-        packed = replace(await meta_of(source, "update", "packed"), encoding="zstd")
-        await sender.transfers.send(receiver.ref(), source, packed)
-        assert (inbox.directory / "packed").read_bytes() == source.read_bytes()
         # refusals and lies are heard through the relay as well
         inbox.refuse_arrived = Refused("invalid", "no good")
         with pytest.raises(Refused, match="no good"):
@@ -352,7 +344,7 @@ async def test_two_nodes_that_cannot_dial_each_other_use_the_relay(
             file.write(b"something else")
         with pytest.raises(TransferCorrupt):
             await sender.transfers.send(receiver.ref(), source, meta)
-    assert inbox.names == {"first", "again", "packed"}
+    assert inbox.names == {"first", "again"}
 
 
 async def test_twenty_transfers_queue_and_all_arrive(network: Network, tmp_path: Path, inbox: Inbox) -> None:
@@ -392,7 +384,7 @@ async def test_twenty_transfers_queue_and_all_arrive(network: Network, tmp_path:
     assert most_at_once <= 2
 
 
-def dial_as(network_identity: Pki, node: Node, token: str) -> Verdict:
+def dial_as(network_identity: Pki, node: Node, token: str) -> bytes:
     """Connect to a node's bulk plane with a fresh certificate and somebody's token; what it says."""
     identity = load_identity(network_identity.files("thief"))
     port = int(node.listen_addresses()[0].rpartition("/")[2])
@@ -402,24 +394,50 @@ def dial_as(network_identity: Pki, node: Node, token: str) -> Verdict:
             data = b""
             while more := tls.recv(65536):
                 data += more
-    frame = decode_frame(data[4:])
-    assert isinstance(frame, Verdict)
-    return frame
+    return data
 
 
-async def test_a_stolen_token_is_worth_nothing(network: Network, tmp_path: Path, inbox: Inbox) -> None:
+async def test_a_stolen_token_is_worth_nothing(
+    network: Network, tmp_path: Path, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thief says it before the receiver, which was asked to dial, does."""
     source = write(tmp_path / "source", 1000)
-    token = "a-token-that-is-long-enough"
+    stolen: list[bytes] = []
+    real = Node.request
+
+    async def overheard(self: Node, peer: Any, request: Any, timeout_s: float = 10.0) -> Any:
+        if isinstance(request, BulkDial):
+            stolen.append(await trio.to_thread.run_sync(dial_as, network.pki, self, request.token))
+        return await real(self, peer, request, timeout_s)
+
+    monkeypatch.setattr(Node, "request", overheard)
+    async with (
+        network.gateway(roles=()) as sender,
+        network.leaf("worker", [sender], exclude_cidr=NO_LOOPBACK, reserve=False) as receiver,
+    ):
+        inbox.on(receiver)
+        await sender.transfers.send(receiver.peer_id, source, await meta_of(source, "update", "x"))
+    assert stolen == [b""]
+    assert inbox.names == {"x"}
+
+
+async def test_an_offer_under_the_token_of_another_one_is_refused(
+    network: Network, tmp_path: Path, inbox: Inbox
+) -> None:
+    source = write(tmp_path / "source", 1000)
     async with pair(network) as ends, network.leaf("thief", [ends.far]) as thief:
         inbox.on(ends.far)
-        offer = BulkOffer(token=token, meta=await meta_of(source, "update", "x"), addresses=())
-        answer = await ends.near.request(ends.far.peer_id, offer)
-        assert isinstance(answer, BulkAnswer)
-        assert answer.wait_s == 0
-        verdict = await trio.to_thread.run_sync(dial_as, network.pki, ends.far, token)
-        assert (verdict.outcome, verdict.code) == ("refused", "not-found")
-        with pytest.raises(Refused, match="another transfer"):
-            await thief.request(ends.far.peer_id, offer)
+        offer = BulkOffer(
+            token="a-token-that-is-long-enough", meta=await meta_of(source, "update", "x"), addresses=()
+        )
+        link, answer = await ends.near.transfers._rendezvous.ask(ends.far.peer_id, lambda: offer)
+        assert isinstance(answer, Go)
+        other, refusal = await thief.transfers._rendezvous.ask(ends.far.peer_id, lambda: offer)
+        assert isinstance(refusal, Verdict)
+        assert (refusal.outcome, refusal.code) == ("refused", "not-found")
+        assert "another transfer" in refusal.reason
+        await link.close()
+        await other.close()
     assert inbox.names <= {"x.part"}
 
 

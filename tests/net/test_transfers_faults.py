@@ -19,7 +19,7 @@ from tests.support.stopwatch import Stopwatch
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Health, PeerRef, PullFile, TransferMeta
 from hypha.net import Libp2pNode as Node
-from hypha.net.bulk import connections
+from hypha.net.bulk import sockets
 from hypha.net.bulk.transfers import meta_of
 from hypha.net.peers.addresses import host_and_port
 
@@ -86,7 +86,7 @@ async def test_a_cut_transfer_goes_on_where_it_was_cut(
         assert ends.far.transfers.tally.received == 20 * MB
         assert len(ends.proxy.passed) == 5
         # TLS and frames cost little; nothing was sent twice but the block that was under way at a cut
-        assert sum(ends.proxy.passed) < 20 * MB * 1.005 + 4 * connections.BLOCK_BYTES
+        assert sum(ends.proxy.passed) < 20 * MB * 1.005 + 4 * sockets.BLOCK_BYTES
     assert inbox.arrived == ["x"]
     assert inbox.names() == {"x"}
 
@@ -138,14 +138,15 @@ async def test_a_lost_acknowledgement_is_asked_for_and_not_taken_twice(
         ends.far.transfers.accept("update", None, inbox.gate, inbox.take)
         ends.proxy.trouble = Trouble(mute_after=MB)
         await ends.near.transfers.send(ends.far.peer_id, source, await meta_of(source, "update", "x"))
-        assert len(ends.proxy.passed) == 1
+        first, again = ends.proxy.passed
+        assert again < 10_000 < first
     assert inbox.arrived == ["x"]
 
 
 async def test_a_silent_cut_is_noticed(
     network: Network, tmp_path: Path, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connections, "STALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(sockets, "STALL_TIMEOUT_S", 1.0)
     source = write(tmp_path / "source", 30 * MB)
     async with through_proxy(network) as ends:
         ends.far.transfers.accept("update", None, inbox.gate, inbox.take)

@@ -1,42 +1,24 @@
-"""Nodes of earlier versions.
+"""Workers of a version that stated none.
 
-A worker of a version that stated none: its offers are, byte for byte, what such workers sent (see
-``tests/test_recorded.py``), and it passes over the fields of requests that came later. A node whose bulk
-plane knows no ``WantFile`` agrees on the ALPN of such nodes, and has no such streams.
+Their offers are, byte for byte, what such workers sent (see ``tests/test_recorded.py``), and they pass over
+the fields of requests that came later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import msgspec
-from libp2p.custom_types import TProtocol
 
 from hypha.config.offers import OfferConfig
 from hypha.features import Abilities
 from hypha.messages import PeerRef, WorkerRequest
-from hypha.net import Libp2pNode
-from hypha.net.bulk.wire import WANT_ALPN, WANT_PROTOCOL
 from hypha.rules.leases import Lease
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import ArbiterAction
 from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.terms import WorkerCapacity
-
-
-def without_wants(node: Libp2pNode) -> None:
-    """Make ``node`` one that neither asks for files over bulk connections nor is asked so."""
-    identity = node.identity
-    real_ones = {"server_context": identity.server_context, "client_context": identity.client_context}
-    for name, real in real_ones.items():
-
-        def context(alpn: tuple[str, ...] = (), real: Callable[..., Any] = real) -> Any:
-            return real(tuple(one for one in alpn if one != WANT_ALPN))
-
-        setattr(identity, name, context)
-    node._host.get_mux().handlers.pop(TProtocol(WANT_PROTOCOL), None)
 
 
 class EarlierLeaseService(LeaseService):

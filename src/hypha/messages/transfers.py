@@ -8,10 +8,9 @@ from hypha.messages.values import Addresses, Id, JobStamp, Message, Value
 
 
 class PullFile(Message):
-    """A bulk transfer the other way round: please offer me that file. ``kind`` and ``name``:
-    ``slice`` ``<dataset>/<index>``, ``model`` ``<file>``, ``checkpoint`` ``<round>/<file>``. Answered by
-    the offer that is about to come under ``token`` (set by the bulk plane); the same token asks again how
-    that goes.
+    """Which file is wanted. ``kind`` and ``name``: ``slice`` ``<dataset>/<index>``, ``model`` ``<file>``,
+    ``checkpoint`` ``<round>/<file>``. ``token`` is not read: before 0.1.0 it was a request, and told one pull
+    from another.
     """
 
     kind: str
@@ -47,6 +46,7 @@ class TransferMeta(Value):
     samples: int = 0
     #: with theta: the workers whose updates are in it
     contributors: tuple[str, ...] = ()
+    #: not read: each block of a file says whether it is compressed
     encoding: Literal["none", "zstd"] = "none"
     xxh3: str = ""
 
@@ -63,32 +63,27 @@ class FileList(Message):
 
 
 class BulkOffer(Message):
-    """I will send this. ``addresses``: where you may dial me for it. ``traceparent``: of which operation the
-    transfer is part; over a connection that was kept an offer has no envelope that could say so.
-    ``zstd_blocks``: I would compress single blocks, and say of each whether it is.
+    """I will send this; what is offered again under the same ``token`` goes on. ``traceparent``: of which
+    operation the transfer is part. ``addresses`` is not read.
     """
 
     token: Id
     meta: TransferMeta
     addresses: Addresses
     traceparent: str | None = None
-    zstd_blocks: bool = False
 
 
 class BulkAnswer(Message):
-    """``done`` when it is all here already. ``addresses``: dial me there. ``offset`` is not
-    read by this version: the receiver says on the connection from where on to send.
-    """
+    """What answered an offer before 0.1.0, when that was a request; not sent any more."""
 
     offset: int
     addresses: Addresses
     done: bool = False
-    #: not 0: others are served first; offer again, with the same token, after this long
     wait_s: float = 0.0
 
 
 class BulkDial(Message):
-    """My dial failed: please dial me for the transfer with this token."""
+    """I cannot dial you: please dial me, name this token (``Hello``), and hear what I have to say."""
 
     token: Id
     addresses: Addresses

@@ -38,7 +38,7 @@ from hypha.messages import (
     SameCertificate,
 )
 from hypha.naming import learn, shown
-from hypha.net.bulk.bandwidth import Caps
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
 from hypha.net.discovery.gossip import Gossip, Publishers
@@ -123,9 +123,9 @@ class Libp2pNode:
         self._security.admit = self._doubles.admit
         self._reports = Reports(self._streams, self._dialer.connect, nursery)
         self.report, self.answer_reports = self._reports.report, self._reports.answer
-        publishers = Publishers(options.identity, options.require_roles, self._peers)
+        publishers = Publishers(options.identity, options.require_roles)
         self._gossip = Gossip(
-            self._host, self._gateways.connected, self._gossips_with, publishers, self.connect, tuning.gossip
+            self._host, self._gateways.connected, self._gossips_with, publishers, tuning.gossip
         )
         self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
         self._gateways.joined = self._gossip.include

@@ -1,18 +1,16 @@
 """The bulk plane: files go whole and verified from node to node, or not at all.
 
-``transfers`` is its face. A transfer is agreed on by requests and carried by a connection of its own, so that
-ten gigabytes do not delay the renewal of a lease. What is said on it stands in ``wire``, how its ends meet in
-``rendezvous`` (the way that worked is remembered in ``ways``).
+``transfers`` is its face. A transfer has a connection of its own, so that ten gigabytes do not delay the
+renewal of a lease. What is said on it stands in ``wire``, how its ends meet in ``rendezvous`` (the way that
+worked is remembered in ``ways``).
 
-- A file that is sent is offered: ``BulkOffer`` and ``BulkAnswer`` over RPC, then whoever can dial does; else
-  a libp2p stream, relayed if need be, with the same framing (``sending``, ``receiving``). Two transfers each
-  way at a time; one in which nothing moved for 2 s lends its place, so that the dead do not hold up the
-  living (``turns``). The rest wait by token and hold nothing; who is told ``busy`` asks again within a
-  second. The same file for the same receiver is one delivery.
-- Whoever wants a file asks for it (``WantFile``) over a connection that it opens itself (``pulling``,
-  ``serving``); a provider that cannot be dialled, or is of an earlier version (told by ALPN), is asked by a
-  request to send it.
-- A socket that has carried a file is kept for two minutes for the next one: one round trip instead of five
+- Whoever has a file to send offers it (``sending``, ``receiving``), and whoever wants one asks for it
+  (``pulling``, ``sending``), over a connection that it opens itself: it dials, or asks to be dialled, or
+  opens a libp2p stream, relayed if need be, with the same framing (``rendezvous``). Two transfers each way at
+  a time; one in which nothing moved for 2 s lends its place, so that the dead do not hold up the living
+  (``turns``). The rest wait on their connections; who is told ``busy`` asks again within a second. What was
+  cut goes on where it was cut. The same file for the same receiver is one delivery.
+- A socket that has carried a file is kept for two minutes for the next one: one round trip instead of four
   (``kept_connections``). The certificate at its other end is checked anew each time; where such a socket is
   dead, the file goes as if there were none.
 - On a socket TLS proves both ends and carries their words; a file's bytes follow beside it, sealed
@@ -24,5 +22,5 @@ ten gigabytes do not delay the renewal of a lease. What is said on it stands in 
   reports and checkpoints keep. XXH3 (128 bits) tells damage at ten to twenty times the speed; who could forge
   an update could as well send another one.
 - Caps on the line: one bucket a direction, shared by all bulk transfers and circuits; requests and leases
-  take no part (``bandwidth``).
+  take no part (``net/bandwidth.py``).
 """

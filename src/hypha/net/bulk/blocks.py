@@ -1,4 +1,4 @@
-"""The bytes of a file on their way: in blocks, perhaps compressed, on a direct connection sealed.
+"""The bytes of a file on their way: in blocks, each perhaps compressed, on a direct connection sealed.
 
 TLS proves who the two ends of a direct connection are and carries every word they say. It would cut a file
 into records of 16 KiB, each copied through its own buffers and asked for from Python; sealed in blocks of a
@@ -15,8 +15,7 @@ told how long blocks took to compress and to send, and says whether to compress 
 measured first, on blocks as they are; then a block is tried. Where it pays, the following ones are compressed
 too, for as long as it does; where it does not, another block is tried after a while, and later each time.
 Time is what counts, so a fast line, data that does not shrink and a cap of the line (``[limits]``) all have
-their say without being asked about. The receiver says in its ``Go`` that it takes blocks of which some are
-compressed; who does not say so, as earlier versions, gets them as they are."""
+their say without being asked about."""
 
 from __future__ import annotations
 
@@ -31,6 +30,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from hypha.messages import TransferMeta
+from hypha.net.bulk.files import SourceFile
 from hypha.net.bulk.wire import (
     BLOCK_BYTES,
     LENGTH_BYTES,
@@ -58,6 +58,9 @@ SAMPLE_AGAIN_BYTES = 4 << 20
 MOST_AGAIN_BYTES = 256 << 20
 #: Compressing has held up the line for so many bytes: it is measured anew, as it may be faster than it was.
 MEASURE_ANEW_BYTES = 256 << 20
+#: In the first block; twice as many each time, up to ``BLOCK_BYTES``: a block that is cut is lost, and a
+#: connection that never lasts long is to bring something each time.
+FIRST_BLOCK_BYTES = 16 << 10
 #: The bit of a length that says that the block behind it is compressed.
 _PACKED = 1 << 31
 KEY_BYTES = 32
@@ -157,34 +160,33 @@ class Packing:
 
 
 class BlockPacker:
-    """Compresses blocks of one file: all where ``meta`` says so, else as ``packing`` thinks fit and ``go``
-    allows.
-    """
+    """The blocks of one file, from where ``go`` wants them on, compressed as ``packing`` thinks fit."""
 
     def __init__(self, meta: TransferMeta, go: Go, packing: Packing | None) -> None:
-        self.whole = meta.encoding == "zstd"
         self.go = go
         self.left = meta.size - go.offset
-        self._packing = packing if go.zstd_blocks else None
-        self._compressor = zstandard.ZstdCompressor(level=3 if self._packing is None else self._packing.level)
+        self._packing = packing
+        self._size = FIRST_BLOCK_BYTES
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
+        self._compressor = zstandard.ZstdCompressor(level=3 if packing is None else packing.level)
 
-    @property
-    def frames(self) -> bool:
-        """Whether any block may be compressed."""
-        return self.whole or self._packing is not None
+    def read(self, source: SourceFile) -> tuple[int, memoryview | bytes, bool]:
+        """The next block of ``source``: how many bytes of the file are in it, how it is to go, good until the
+        next one, and whether it is compressed. FileChanged.
+        """
+        block = self._buffer[: source.read_into(self._buffer[: min(self.left, self._size)])]
+        self._size = min(2 * self._size, BLOCK_BYTES)
+        self.left -= len(block)
+        return len(block), *self.packed(block)
 
     def packed(self, block: memoryview) -> tuple[memoryview | bytes, bool]:
-        """A block as it is to go, and whether its length has to say that it is compressed."""
+        """A block as it is to go, and whether it is compressed."""
         packing = self._packing
-        if self.whole:
-            return self._compress(block), False
-        if packing is None:
-            return block, False
-        if packing.wants_sample(len(block)):
+        if packing is not None and packing.wants_sample(len(block)):
             began = time.perf_counter()
             sample = self._compress(block[:SAMPLE_BYTES])
             packing.sampled(SAMPLE_BYTES, len(sample), time.perf_counter() - began)
-        if packing.pays:
+        if packing is not None and packing.pays:
             began = time.perf_counter()
             packed = self._compress(block)
             if packing.packed(len(block), len(packed), time.perf_counter() - began):

@@ -1,29 +1,26 @@
-"""Pulls: whoever wants a file asks for it over a connection of its own, and has it come.
-
-The connection is one that was kept, else one that this node opens to the provider. The answer to what is
-asked over it is the file: one round trip on an open connection. What was cut is asked for again and goes on
-where it was cut. Where that cannot be, the provider is asked by a request to send the file by whatever way
-leads here."""
+"""Pulls: whoever wants a file asks for it, and the answer to what is asked is the file, over that connection:
+one round trip where it is open. What was cut is asked for again and goes on where it was cut."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 import trio
 
-from hypha.errors import NetworkError, PeerUnreachable, Refused, RequestTimeout
-from hypha.messages import BulkOffer
-from hypha.net.bulk.connections import BulkConnection
+from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferCorrupt, TransferFailed
+from hypha.messages import PeerRef, PullFile, TransferMeta
+from hypha.net.bulk.blocks import new_key
 from hypha.net.bulk.files import DiskFailed, PartFile
-from hypha.net.bulk.inbound import Inbound, WantedFile
+from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
-from hypha.net.bulk.sending import first_word
 from hypha.net.bulk.signals import note_link, receiving
 from hypha.net.bulk.turns import Retries
-from hypha.net.bulk.ways import WAY_LIFE_S, Ways
 from hypha.net.bulk.wire import (
     BulkConnections,
     ConnectionBroken,
@@ -31,6 +28,7 @@ from hypha.net.bulk.wire import (
     Go,
     Verdict,
     WantFile,
+    id_of,
     new_token,
     require_sender,
 )
@@ -39,261 +37,187 @@ from hypha.tracing import traceparent
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class WantedFile:
+    """One pull: what it is willing to take, and how far it is. ``max_bytes``: no larger file is taken."""
+
+    peer: PeerRef | str
+    request: PullFile
+    destination: Path
+    expect: TransferMeta | None
+    max_bytes: int
+    #: what the provider said of the file, once it has
+    meta: TransferMeta | None = None
+    #: the last attempt
+    inbound: Inbound | None = None
+    #: what was here already when that began
+    offset: int = 0
+
+    @property
+    def peer_id(self) -> str:
+        return id_of(self.peer)
+
+    @property
+    def log_fields(self) -> dict[str, str]:
+        return {"peer_id": self.peer_id}
+
+    def failure(self, why: str) -> TransferFailed:
+        """What to raise where it did not come; another attempt may."""
+        return TransferFailed(self.peer_id, self.request.name, why)
+
+    def check(self, meta: TransferMeta) -> None:
+        """Refused or TransferCorrupt when that is not what was asked for."""
+        name, expect = self.request.name, self.expect
+        if meta.size > self.max_bytes:
+            text = f"{name} has {meta.size} bytes, over the limit of {self.max_bytes}"
+            raise Refused("too-large", text, self.peer_id)
+        if meta.kind != self.request.kind:
+            # the kind decides how what arrives is checked and kept
+            raise TransferCorrupt(self.peer_id, name, f"it offers a file of the kind {meta.kind!r}")
+        if expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3):
+            raise TransferCorrupt(self.peer_id, name, "it offers other content than was promised")
+        self.meta = meta
+
+
 class Pulling:
     """Pulls files from other nodes."""
 
     def __init__(
-        self,
-        links: BulkConnections,
-        rendezvous: Rendezvous,
-        kept: KeptConnections,
-        ways: Ways,
-        receiving: Receiving,
+        self, links: BulkConnections, rendezvous: Rendezvous, kept: KeptConnections, receiving: Receiving
     ) -> None:
         self._links = links
         self._rendezvous = rendezvous
         self._kept = kept
-        self._ways = ways
         self._receiving = receiving
-        #: peers of a version that knows no ``WantFile``, and until when they are taken for such
-        self._earlier: dict[str, float] = {}
 
-    async def pull(self, pull: WantedFile, still_s: float | None) -> None:
-        """Have the file come; see ``pull`` for how that ended. Raises Refused and TransferFailed."""
+    async def pull(self, pull: WantedFile, still_s: float | None) -> TransferMeta:
+        """Have the file come; what was said of it. Raises Refused and TransferFailed."""
         if still_s is None:
             return await self._pull(pull)
-        failure: NetworkError | None = pull.failure(f"nothing came for {still_s:g} s")
+        found: TransferMeta | NetworkError = pull.failure(f"nothing came for {still_s:g} s")
 
         async def pull_on() -> None:
-            nonlocal failure
+            nonlocal found
             try:
-                await self._pull(pull)
-                failure = None
+                found = await self._pull(pull)
             except NetworkError as exc:
-                failure = exc
+                found = exc
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pull_on)
-            await self._receiving.wait_still(pull.token, still_s)
+            await _wait_still(pull, still_s)
             nursery.cancel_scope.cancel()
-        if failure is not None and not pull.over.is_set():
-            raise failure
+        if isinstance(found, NetworkError):
+            raise found
+        return found
 
-    async def _pull(self, pull: WantedFile) -> None:
+    async def _pull(self, pull: WantedFile) -> TransferMeta:
         """Ask, and ask again where it was cut, until the file is here or will not come."""
         retries = Retries()
         while True:
             pull.offset = 0
             try:
-                if not await self._ask(pull):
-                    return await self._be_sent(pull)
-                if pull.over.is_set():
-                    return
+                if (meta := await self._attempt(pull)) is not None:
+                    return meta
                 reason = "it arrived with another hash"
             except Refused as exc:
                 # without a place of ours: others are not busy
                 await trio.sleep(retries.refused(exc, trio.current_time()))
                 continue
-            except (ConnectionBroken, PeerUnreachable) as exc:
+            except PeerUnreachable as exc:
                 reason = str(exc)
-                if isinstance(exc, PeerUnreachable) and not pull.agreed:
+                if pull.meta is None:
                     raise pull.failure(reason) from exc
+            except ConnectionBroken as exc:
+                reason = str(exc)
                 self._kept.drop(pull.peer_id)
-                logger.info(
-                    "Receiving %s was interrupted: %s.", pull.request.name, reason, extra=pull.log_fields
-                )
+            logger.info("Receiving %s was interrupted: %s.", pull.request.name, reason, extra=pull.log_fields)
             failure = pull.failure(reason)
             await trio.sleep(retries.broke(failure, trio.current_time(), pull.offset))
 
-    async def _ask(self, pull: WantedFile) -> bool:
-        """One attempt over a connection of ours; False when there can be none. Refused, ConnectionBroken."""
-        if self._earlier.get(pull.peer_id, 0.0) > trio.current_time():
-            return False
-        inbound = pull.begin()
-        asked = False
-        with self._receiving.tracked(inbound), inbound.scope:
+    async def _attempt(self, pull: WantedFile) -> TransferMeta | None:
+        """What was said of the file, which is here; None when what came was not it, and another attempt may
+        bring it. Refused, ConnectionBroken, PeerUnreachable, TransferFailed.
+        """
+        known = pull.expect or pull.meta or self._receiving.collecting.part_of(pull.destination, pull.request)
+        meta = known or TransferMeta(kind=pull.request.kind, name=pull.request.name, size=0)
+        inbound = pull.inbound = Inbound(new_token(), pull.peer_id, meta, pull.destination)
+        with self._receiving.tracked(inbound), inbound.scope, ExitStack() as stack:
             try:
                 async with self._receiving.places.hold(inbound.moved):
-                    asked = await self._ask_in_turn(pull, inbound)
+                    part = await self._open_part(inbound, stack) if known is not None else None
+                    inbound.has_turn = True
+                    verdict = await self._receive(pull, inbound, part, stack)
+            except DiskFailed as exc:
+                raise pull.failure(str(exc)) from exc
             except (NetworkError, ConnectionBroken):
                 raise
             except Exception as exc:  # the edge of what a peer or a disk can do: this pull ends, and no more
                 logger.exception("Receiving %s failed.", pull.request.name, extra=pull.log_fields)
                 raise pull.failure(f"it failed here ({exc!r})") from exc
-        if inbound.scope.cancelled_caught:
-            raise pull.failure("another transfer has taken its place")
-        return asked
+            if verdict.outcome == "ok":
+                return inbound.meta
+            if verdict.outcome == "corrupt" and not verdict.again:
+                raise TransferCorrupt(pull.peer_id, pull.request.name, verdict.reason)
+            if verdict.outcome != "corrupt":
+                raise pull.failure(verdict.reason)
+            return None
+        raise pull.failure("another transfer has taken its place")
 
-    async def _ask_in_turn(self, pull: WantedFile, inbound: Inbound) -> bool:
-        part: PartFile | None = None
-        known = pull.expect or pull.meta or self._receiving.collecting.part_of(pull.destination, pull.request)
-        if known is not None:
-            inbound.meta = known
-            try:
-                part = await self._open_part(pull, inbound)
-            except DiskFailed as exc:
-                pull.failed(exc)
-                return True
-        # from now on it is the provider that owes something
-        inbound.turn.set()
+    async def _open_part(self, inbound: Inbound, stack: ExitStack, fresh: bool = False) -> PartFile:
+        """Refused, DiskFailed."""
+        await self._receiving.make_space(inbound)
+        return await self._receiving.collecting.open_part(inbound, stack, fresh)
+
+    async def _receive(
+        self, pull: WantedFile, inbound: Inbound, part: PartFile | None, stack: ExitStack
+    ) -> Verdict:
+        """Ask for the file, and receive it over the same connection; how that ended."""
+        go = Go(0 if part is None else part.received)
+
+        def want() -> WantFile:
+            nonlocal go
+            require_sender(self._links, pull.peer_id, pull.request.kind)
+            go = msgspec.structs.replace(go, key=new_key())
+            return WantFile(pull.request, go, traceparent())
+
+        link, answer = await self._rendezvous.ask(pull.peer, want)
+        reusable = False
         try:
-            met = await self._connect(pull, 0 if part is None else part.received)
-            if met is None:
-                return False
-            link, go, answer = met
             if isinstance(answer, Verdict):
-                if not self._kept.give(link, speaks=True):
-                    await link.close()
+                reusable = True
                 answer.raise_if_refused(pull.peer_id)
                 raise pull.failure(answer.reason)
-            await self._take(pull, inbound, part, (link, go, answer))
-            return True
-        finally:
-            # where it did not become a file, it is closed at its true length
-            if part is not None:
-                part.abandon()
-
-    async def _open_part(self, pull: WantedFile, inbound: Inbound) -> PartFile:
-        """Refused, DiskFailed."""
-        try:
-            await self._receiving.admit(pull.peer_id, inbound.meta, inbound.token, pull)
-        except Refused:
-            pull.raise_if_failed()
-            raise
-        return await self._receiving.collecting.open_part(inbound)
-
-    async def _take(
-        self,
-        pull: WantedFile,
-        inbound: Inbound,
-        part: PartFile | None,
-        met: tuple[BulkConnection, Go, FileFound],
-    ) -> None:
-        link, go, found = met
-        known = inbound.meta
-        inbound.meta, inbound.traceparent, inbound.link = found.meta, found.traceparent, link
-        go = msgspec.structs.replace(go, zstd_blocks=found.zstd_blocks)
-        done, pull.agreed = False, True
-        try:
-            require_sender(self._links, pull.peer_id, pull.request.kind)
-            pull.check(found.meta)
+            if not isinstance(answer, FileFound):
+                raise ConnectionBroken(f"the peer said {type(answer).__name__} where an answer was due")
+            pull.check(answer.meta)
             if part is None:
+                inbound.meta = answer.meta
                 # what lies there may be a part of anything
-                inbound.started_afresh = True
-                part = await self._open_part(pull, inbound)
-            elif known.checked != found.meta.checked:
+                part = await self._open_part(inbound, stack, fresh=True)
+            elif inbound.meta.checked != answer.meta.checked:
                 raise ConnectionBroken("it is another file than it was")
+            inbound.meta, inbound.traceparent, inbound.link = answer.meta, answer.traceparent, link
             pull.offset = go.offset
             with receiving(inbound):
                 note_link(link)
                 verdict = inbound.verdict = await self._receiving.collecting.collect(link, inbound, part, go)
-            pull.afresh = inbound.started_afresh
-            done = verdict is not None and verdict.outcome == "ok"
-        except DiskFailed as exc:
-            pull.failed(exc)
+            reusable = inbound.arrived
+            return verdict
         finally:
-            if not (done and self._kept.give(link, speaks=True)):
-                await link.close()
-
-    async def _connect(
-        self, pull: WantedFile, offset: int
-    ) -> tuple[BulkConnection, Go, FileFound | Verdict] | None:
-        """Over what it was asked for, how, and the answer; None when it has to be asked for otherwise."""
-        peer = pull.peer_id
-        link: BulkConnection | None = self._kept.take(peer, to_want=True)
-        if link is not None:
-            try:
-                return await _say(link, pull, offset)
-            except ConnectionBroken as exc:
-                # it may have cost a while
-                logger.info("A connection that was kept is of no use: %s.", exc, extra=pull.log_fields)
-                self._kept.drop(peer)
-            except BaseException:
-                self._kept.drop(peer)
-                raise
-        # each end has to know the other's roles
-        await self._links.connect(pull.peer)
-        for way in self._ways.to(peer):
-            if way == "dial-back":
-                return None
-            try:
-                with self._ways.trying(peer, way):
-                    if way == "direct":
-                        link = await self._rendezvous.dial(peer, (), None)
-                    else:
-                        link = await self._rendezvous.open_stream(peer, None)
-                    if link.knows_want:
-                        return await _say(link, pull, offset)
-            except ConnectionBroken as exc:
-                logger.debug("No file can be asked for by way of %s: %s", way, exc, extra=pull.log_fields)
-            else:
-                await link.close()
-                self._earlier = {one: at for one, at in self._earlier.items() if at > trio.current_time()}
-                self._earlier[peer] = trio.current_time() + WAY_LIFE_S
-                return None
-        return None
-
-    async def _be_sent(self, pull: WantedFile) -> None:
-        """Ask by a request to be sent the file, and again until it is here or will not come."""
-        async with self._receiving.wanting(pull):
-            await self._follow(pull)
-        if pull.came_by == "stream":
-            self._ways.worked(pull.peer_id, "stream")
-
-    async def _follow(self, pull: WantedFile) -> None:
-        token = pull.token
-        request = msgspec.structs.replace(pull.request, token=token)
-        failures, retries = 0, Retries()
-        heard = (0, 0)
-        pause_s = 0.5
-        while not pull.over.is_set():
-            try:
-                offer = await self._links.request(pull.peer, request)
-                require_sender(self._links, pull.peer_id, request.kind)
-                if not isinstance(offer, BulkOffer):
-                    text = f"it answered a pull with {type(offer).__name__}"
-                    raise Refused("malformed", text, pull.peer_id)
-                pull.check(offer.meta)
-                failures = 0
-            except Refused as exc:
-                if pull.over.is_set():
-                    return
-                if exc.code == "unreachable":
-                    raise pull.failure(exc.reason) from exc
-                await trio.sleep(retries.refused(exc, trio.current_time()))
-                continue
-            except (PeerUnreachable, RequestTimeout) as exc:
-                if self._receiving.heard(token) == heard:
-                    # one that is silent in both ways has had its time
-                    failures += 1 if isinstance(exc, PeerUnreachable) else 2
-                pause_s = 0.5
-                # before anything was agreed there is nothing to wait for
-                if (failures > 1 or pull.meta is None) and not pull.over.is_set():
-                    raise pull.failure(str(exc)) from exc
-            coming = True
-            while coming and not pull.over.is_set():
-                heard = self._receiving.heard(token)
-                with trio.move_on_after(pause_s):
-                    await pull.over.wait()
-                pause_s = min(2 * pause_s, 4.0)
-                # a connection on which nothing moves may be one whose other end has vanished
-                moves = self._receiving.heard(token) != heard
-                coming = moves and self._receiving.is_coming(token)
+            await self._kept.release(link, reusable)
 
 
-async def _say(
-    link: BulkConnection, pull: WantedFile, offset: int
-) -> tuple[BulkConnection, Go, FileFound | Verdict]:
-    """Ask for the file over ``link``, which is closed when that fails."""
-    go = link.new_go(offset, zstd_blocks=True)
-    # a token of its own: what an attempt that was cut began is another one there
-    want = WantFile(msgspec.structs.replace(pull.request, token=new_token()), go, traceparent())
-    try:
-        answer = await first_word(link, lambda: link.ask(want))
-        if not isinstance(answer, FileFound | Verdict):
-            raise ConnectionBroken(f"the peer said {type(answer).__name__} where an answer was due")
-    except BaseException:
-        await link.close()
-        raise
-    return link, go, answer
+async def _wait_still(pull: WantedFile, still_s: float) -> None:
+    """Return when nothing has come for the file for ``still_s``. While it waits for a place here, or is being
+    verified, its sender owes nothing.
+    """
+    heard, since = None, trio.current_time()
+    while trio.current_time() < since + still_s:
+        await trio.sleep(still_s / 8)
+        inbound = pull.inbound
+        if inbound is None or inbound.ended.is_set():
+            continue
+        if inbound.settling or not inbound.has_turn or inbound.heard() != heard:
+            heard, since = inbound.heard(), trio.current_time()

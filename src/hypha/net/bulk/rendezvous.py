@@ -1,9 +1,10 @@
-"""How the two ends of a transfer find each other: connections are made, proven and matched by token.
+"""How the two ends of a file meet: connections are made by whatever way leads to a peer, and answered.
 
-Either end expects a token from one certain peer. A connection with that token from anybody else is
-refused, whoever stole it: what counts is the certificate. One on which a file is asked for needs no token:
-what it asks for is judged by the certificate. Direct connections are dialled and accepted
-here in threads with short time-outs; :meth:`Rendezvous.close` ends them all.
+Whoever has a file to send or wants one asks over a connection that was kept, else over a new one, and the
+other end answers over that very connection. What it may do is judged by its certificate. One that cannot be
+dialled is asked by a request to dial, and names the request's token when it does: from anybody else that
+token is worth nothing. Direct connections are dialled and accepted here in threads with short time-outs;
+:meth:`Rendezvous.close` ends them all.
 """
 
 from __future__ import annotations
@@ -14,100 +15,90 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
 import trio
 
 from hypha.config.tuning import SocketTuning
-from hypha.errors import IdentityError, NetworkError
-from hypha.net.bulk.connections import (
-    BulkConnection,
-    SocketConnection,
-    StreamConnection,
-    TransferredBytes,
-    in_thread,
-    is_trusted,
-)
+from hypha.errors import IdentityError, NetworkError, PeerUnreachable, Refused
+from hypha.messages import Acknowledged, BulkDial, BulkOffer, PeerRef
+from hypha.net.bulk.connections import FIRST_WORD_S, BulkConnection, StreamConnection, TransferredBytes
+from hypha.net.bulk.kept_connections import KeptConnections
+from hypha.net.bulk.sockets import SocketConnection, in_thread, is_trusted
+from hypha.net.bulk.ways import Way, Ways
 from hypha.net.bulk.wire import (
     BULK_ALPN,
     BULK_PROTOCOL,
     HANDSHAKE_TIMEOUT_S,
-    WANT_PROTOCOL,
     BulkConnections,
     ConnectionBroken,
+    Frame,
     Hello,
     Verdict,
     WantFile,
-    encode_frame,
+    id_of,
+    new_token,
 )
-from hypha.net.peers.inbound_limits import REMEMBERED, Recent
+from hypha.net.peers.inbound_limits import REMEMBERED, Recent, counted
 from hypha.net.sockets import resend_soon, set_buffers
 from hypha.pki.certificates import peer_id_of, presented_chain
+from hypha.tracing import trace_context
 
 logger = logging.getLogger(__name__)
 
 DIAL_TIMEOUT_S = 3.0
+DIAL_BACK_TIMEOUT_S = 15.0
 #: Addresses of one peer that are tried.
 MAX_TARGETS = 4
+#: Offers and wants that are being answered, those that wait for their turn included: in all and of one peer.
+MAX_ANSWERED = 4096
+MAX_ANSWERED_PER_PEER = 64
+#: Connections on which one peer begins to speak at once: each takes a thread until its first word is whole.
+MAX_HEARD_PER_PEER = 8
 
-_NOT_EXPECTED = Verdict("refused", "not-found", "this transfer is not expected here, or no longer")
 
+@dataclass(eq=False)
+class _Expected:
+    """A peer that was asked to dial."""
 
-class Expected:
-    """Where the connection of one transfer arrives; a newer one replaces one that nobody took yet."""
-
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
-        self._arrived = trio.Event()
-        self._link: BulkConnection | None = None
-        self._closed = False
-
-    def arrive(self, link: BulkConnection) -> bool:
-        """Hand a connection over; False when nobody wants it any more."""
-        if self._closed:
-            return False
-        if self._link is not None:
-            self._link.close_now()
-        self._link = link
-        self._arrived.set()
-        return True
-
-    async def take(self) -> BulkConnection:
-        """The next connection; it is the caller's to close."""
-        while self._link is None:
-            self._arrived = trio.Event()
-            await self._arrived.wait()
-        link, self._link = self._link, None
-        return link
-
-    def close(self) -> None:
-        self._closed = True
-        if self._link is not None:
-            self._link.close_now()
-            self._link = None
+    peer: str
+    arrived: trio.Event = field(default_factory=trio.Event)
+    link: SocketConnection | None = None
 
 
 class Rendezvous:
-    """Makes connections and hands them over; ``serve`` answers a want on a new one, and closes it."""
+    """Makes connections, and has them answered: ``send`` what a peer wants, ``receive`` what it offers. These
+    say whether the connection is as it was before, and raise Refused and ConnectionBroken.
+    """
 
-    serve: Callable[[BulkConnection, WantFile], Awaitable[None]]
+    send: Callable[[BulkConnection, WantFile], Awaitable[bool]]
+    receive: Callable[[BulkConnection, BulkOffer], Awaitable[bool]]
 
     def __init__(
         self,
         links: BulkConnections,
+        kept: KeptConnections,
         tally: TransferredBytes,
         limiter: trio.CapacityLimiter,
         sockets: SocketTuning,
     ) -> None:
         self._links = links
+        self._kept = kept
+        kept.hear = self._hear
+        self._ways = Ways(links)
         self._sockets = sockets
         self._tally = tally
         self._limiter = limiter
-        self._expected: dict[str, Expected] = {}
+        #: by token
+        self._expected: dict[str, _Expected] = {}
+        #: by peer
+        self._heard: Counter[str] = Counter()
+        self._answered: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._open_sockets: set[socket.socket] = set()
         #: those that somebody has, as long as he has them
@@ -116,23 +107,21 @@ class Rendezvous:
         #: per peer, the address at which it was last reached
         self._reached: Recent[str, tuple[str, int]] = Recent(REMEMBERED)
         self._nursery: trio.Nursery | None = None
-        links.set_stream_handler(BULK_PROTOCOL, partial(self._serve_stream, kind=Hello))
-        links.set_stream_handler(WANT_PROTOCOL, partial(self._serve_stream, kind=WantFile))
+        links.set_stream_handler(BULK_PROTOCOL, self._serve_stream)
+        links.answer(BulkDial, self._dial_back)
 
     def start(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._loop = trio.lowlevel.current_trio_token()
 
     def close(self) -> None:
-        """End all connections that nobody has taken, and the threads that work on them."""
+        """End the threads that work on connections which nobody has yet."""
         with self._lock:
             self._loop = self._nursery = None
             sockets = list(self._open_sockets)
         for sock in sockets:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        for expected in list(self._expected.values()):
-            expected.close()
 
     async def cut_untrusted(self) -> None:
         """End connections, also busy ones, whose other end has a certificate that is not trusted any more."""
@@ -141,34 +130,142 @@ class Rendezvous:
                 link.cut()
             await trio.lowlevel.checkpoint()
 
-    def _arrived(self, first: Hello | WantFile, link: SocketConnection) -> None:
-        self._proven.add(link)
-        if isinstance(first, Hello):
-            if not self._hand_over(first.token, link):
-                link.refuse_now(_NOT_EXPECTED)
-        elif self._nursery is None:
-            link.close_now()
-        else:
-            try:
-                self._nursery.start_soon(self.serve, link, first)
-            except RuntimeError:  # this node is closing
-                link.close_now()
+    # --- asking ---------------------------------------------------------------------------------------
 
-    @contextmanager
-    def expect(self, token: str, expected: Expected) -> Iterator[Expected]:
-        """Take connections for ``token`` while inside."""
+    async def ask(
+        self, peer: PeerRef | str, first: Callable[[], BulkOffer | WantFile]
+    ) -> tuple[BulkConnection, Frame]:
+        """Say ``first()``, made anew for each connection, to ``peer``, which is or was connected by then; the
+        connection, which is the caller's to release, and the answer. PeerUnreachable when no way leads there,
+        ConnectionBroken when the one that did ended, and what ``first`` raises.
+        """
+        peer_id = id_of(peer)
+        link: BulkConnection | None = self._kept.take(peer_id)
+        if link is not None:
+            try:
+                return link, await link.past_working(await link.first_word(first))
+            except (ConnectionBroken, trio.Cancelled) as exc:
+                # it may have cost a while, and the others that are kept would, too
+                self._kept.drop(peer_id)
+                if isinstance(exc, trio.Cancelled):
+                    raise
+                logger.info("A connection that was kept is of no use: %s.", exc, extra={"peer_id": peer_id})
+        # each end has to know the other's roles
+        await self._links.connect(peer)
+        problems = []
+        for way in self._ways.to(peer_id):
+            try:
+                with self._ways.trying(peer_id, way):
+                    link = await self._open(peer_id, way)
+                    link.way, link.speaks = way, True
+                    word = await link.first_word(first)
+            except ConnectionBroken as exc:
+                problems.append(f"{way}: {exc}")
+            else:
+                return link, await link.past_working(word)
+        self._ways.forget(peer_id)
+        raise PeerUnreachable(peer_id, "; ".join(problems))
+
+    async def _open(self, peer: str, way: Way) -> BulkConnection:
+        """A new connection. ConnectionBroken says what was tried."""
+        if way == "direct":
+            return await self.dial(peer, ())
+        if way == "dial-back":
+            return await self._be_dialled(peer)
+        try:
+            stream = await self._links.open_stream(peer, BULK_PROTOCOL)
+        except NetworkError as exc:
+            raise ConnectionBroken(str(exc)) from exc
+        return StreamConnection(stream, peer, self._tally, self._limiter)
+
+    async def _be_dialled(self, peer: str) -> SocketConnection:
+        token, expected = new_token(), _Expected(peer)
         self._expected[token] = expected
         try:
-            yield expected
+            request = BulkDial(token=token, addresses=tuple(self._links.bulk_addresses()))
+            await self._links.request(peer, request, DIAL_BACK_TIMEOUT_S)
+            with trio.move_on_after(FIRST_WORD_S):
+                await expected.arrived.wait()
+            link, expected.link = expected.link, None
+            if link is None:
+                raise ConnectionBroken("the peer says that it connected, but nothing came")
+            return link
+        except NetworkError as exc:
+            if isinstance(exc, Refused) and not exc.retryable:
+                raise  # such as for a role: by no other way either
+            raise ConnectionBroken(str(exc)) from exc
         finally:
-            expected.close()
-            if self._expected.get(token) is expected:
-                del self._expected[token]
+            del self._expected[token]
+            if expected.link is not None:
+                expected.link.close_now()
 
-    def is_expected(self, token: str, peer: str) -> bool:
-        """Whether a connection of that peer for that token would be taken."""
-        expected = self._expected.get(token)
-        return expected is not None and expected.peer == peer
+    async def dial(self, peer: str, offered: tuple[str, ...]) -> SocketConnection:
+        """A direct connection to ``peer``. ConnectionBroken says what was tried."""
+        targets = self._links.bulk_targets(peer, offered)[:MAX_TARGETS]
+        if (last := self._reached.get(peer)) in targets:
+            targets.remove(last)
+            targets.insert(0, last)
+        problems = []
+        for host, port in targets:
+            try:
+                link = await self._dial_one(peer, host, port)
+            except (OSError, ValueError, ConnectionBroken, IdentityError) as exc:
+                problems.append(f"{host}:{port}: {exc}")
+            else:
+                self._reached[peer] = (host, port)
+                return link
+        raise ConnectionBroken("; ".join(problems) or "no direct address of it is known")
+
+    async def _dial_one(self, peer: str, host: str, port: int) -> SocketConnection:
+        with trio.move_on_after(DIAL_TIMEOUT_S) as scope:
+            stream = await trio.open_tcp_stream(host, port)
+        if scope.cancelled_caught:
+            raise ConnectionBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
+        sock = socket.socket(fileno=stream.socket.detach())
+        set_buffers(sock, self._sockets)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        resend_soon(sock)
+        sock.settimeout(HANDSHAKE_TIMEOUT_S)
+        context = self._links.identity.client_context(BULK_ALPN)
+        try:
+            tls = context.wrap_socket(sock, do_handshake_on_connect=False)
+        except BaseException:
+            sock.close()
+            raise
+
+        def shake_hands() -> None:
+            tls.do_handshake()
+            found = self._prove(tls)
+            if found != peer:
+                raise ConnectionBroken(f"another node, {found}, answers there")
+
+        try:
+            await in_thread(tls, shake_hands, self._limiter)
+        except BaseException:
+            tls.close()
+            raise
+        link = SocketConnection(tls, peer, self._tally, self._limiter)
+        self._proven.add(link)
+        return link
+
+    # --- answering ------------------------------------------------------------------------------------
+
+    async def _dial_back(self, caller: str, request: BulkDial) -> Acknowledged:
+        """The caller has a file, or wants one, and cannot dial this node."""
+        if self._nursery is None:
+            raise Refused("busy", "this node is closing")
+        try:
+            link = await self.dial(caller, request.addresses)
+            try:
+                await link.say(Hello(request.token))
+            except BaseException:
+                await link.close()
+                raise
+        except ConnectionBroken as exc:
+            raise Refused("unreachable", f"no direct connection to the caller: {exc}") from exc
+        link.way = "dial-back"
+        self._nursery.start_soon(self._hear, link)
+        return Acknowledged()
 
     def serve_socket(self, sock: socket.socket) -> None:
         """Take over an accepted blocking connection (a thread's main function); returns soon: at the
@@ -199,119 +296,6 @@ class Rendezvous:
             with contextlib.suppress(OSError):
                 (tls if tls is not None else sock).close()
 
-    def _hand_over(self, token: str, link: BulkConnection) -> bool:
-        """False when nobody waits for it."""
-        if self.is_expected(token, link.peer) and self._expected[token].arrive(link):
-            return True
-        if token in self._expected:
-            logger.warning(
-                "A peer came with the transfer token of another one and was refused.",
-                extra={"peer_id": link.peer},
-            )
-        else:
-            logger.info("A bulk connection came for a transfer that is over.", extra={"peer_id": link.peer})
-        return False
-
-    async def _serve_stream(self, stream: Any, caller: str, kind: type[Hello | WantFile]) -> None:
-        link = StreamConnection(stream, caller, self._tally, self._limiter)
-        link.way, link.knows_want = "stream", kind is WantFile
-        try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                first = await link.hear()
-            if not isinstance(first, kind):
-                raise ConnectionBroken("the peer did not say what its stream is for")
-            if isinstance(first, WantFile):
-                await self.serve(link, first)
-            elif self._hand_over(first.token, link):
-                await link.closed.wait()
-            else:
-                await link.say(_NOT_EXPECTED)
-        except (ConnectionBroken, trio.TooSlowError) as exc:
-            logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
-        finally:
-            await link.close()
-
-    async def dial(self, peer: str, offered: tuple[str, ...], token: str | None) -> BulkConnection:
-        """A direct connection to ``peer``, greeted with ``token``; without one the caller is to say at once
-        what it wants. ConnectionBroken says what was tried.
-        """
-        targets = self._links.bulk_targets(peer, offered)[:MAX_TARGETS]
-        if (last := self._reached.get(peer)) in targets:
-            targets.remove(last)
-            targets.insert(0, last)
-        problems = []
-        for host, port in targets:
-            try:
-                link = await self._dial_one(peer, host, port, token)
-            except (OSError, ValueError, ConnectionBroken, IdentityError) as exc:
-                problems.append(f"{host}:{port}: {exc}")
-            else:
-                self._reached[peer] = (host, port)
-                return link
-        raise ConnectionBroken("; ".join(problems) or "no direct address of it is known")
-
-    async def _dial_one(self, peer: str, host: str, port: int, token: str | None) -> BulkConnection:
-        with trio.move_on_after(DIAL_TIMEOUT_S) as scope:
-            stream = await trio.open_tcp_stream(host, port)
-        if scope.cancelled_caught:
-            raise ConnectionBroken(f"no answer within {DIAL_TIMEOUT_S:g} s")
-        sock = socket.socket(fileno=stream.socket.detach())
-        set_buffers(sock, self._sockets)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        resend_soon(sock)
-        sock.settimeout(HANDSHAKE_TIMEOUT_S)
-        context = self._links.identity.client_context(BULK_ALPN)
-        try:
-            tls = context.wrap_socket(sock, do_handshake_on_connect=False)
-        except BaseException:
-            sock.close()
-            raise
-
-        def greet() -> None:
-            tls.do_handshake()
-            found = self._prove(tls)
-            if found != peer:
-                raise ConnectionBroken(f"another node, {found}, answers there")
-            if token is not None:
-                tls.sendall(encode_frame(Hello(token)))
-
-        try:
-            await in_thread(tls, greet, self._limiter)
-        except BaseException:
-            tls.close()
-            raise
-        link = SocketConnection(tls, peer, self._tally, self._limiter)
-        link.way = "direct"
-        self._proven.add(link)
-        return link
-
-    async def dial_and_arrive(self, peer: str, offered: tuple[str, ...], token: str) -> None:
-        """Dial for a transfer that is expected *here*. ConnectionBroken when that fails."""
-        link = await self.dial(peer, offered, token)
-        link.way = "dial-back"
-        if not (self.is_expected(token, peer) and self._expected[token].arrive(link)):
-            await link.close()
-            raise ConnectionBroken("nobody waits for that connection any more")
-
-    async def open_stream(self, peer: str, token: str | None) -> BulkConnection:
-        """A libp2p stream to ``peer``, relayed if need be, greeted as by :meth:`dial`. ConnectionBroken."""
-        try:
-            protocol = WANT_PROTOCOL if token is None else BULK_PROTOCOL
-            stream = await self._links.open_stream(peer, protocol)
-        except NetworkError as exc:
-            raise ConnectionBroken(str(exc)) from exc
-        link = StreamConnection(stream, peer, self._tally, self._limiter)
-        link.way = "stream"
-        if token is None:
-            link.knows_want = True
-            return link
-        try:
-            await link.say(Hello(token))
-        except BaseException:
-            await link.close()
-            raise
-        return link
-
     @contextmanager
     def _tracked(self, sock: socket.socket) -> Iterator[trio.lowlevel.TrioToken]:
         with self._lock:
@@ -332,3 +316,84 @@ class Rendezvous:
             raise ConnectionBroken("the peer showed no certificate")
         self._links.identity.check(certificate, presented_chain(tls))
         return peer_id_of(certificate)
+
+    def _arrived(self, first: Hello | BulkOffer | WantFile, link: SocketConnection) -> None:
+        self._proven.add(link)
+        if isinstance(first, Hello):
+            expected = self._expected.get(first.token)
+            if expected is not None and expected.peer == link.peer and expected.link is None:
+                expected.link = link
+                expected.arrived.set()
+                return
+            logger.info(
+                "A peer has dialled that was not asked to, or too late.", extra={"peer_id": link.peer}
+            )
+        elif self._nursery is not None:
+            with contextlib.suppress(RuntimeError):  # this node is closing
+                self._nursery.start_soon(self._answer, link, first)
+                return
+        link.close_now()
+
+    async def _serve_stream(self, stream: Any, caller: str) -> None:
+        link = StreamConnection(stream, caller, self._tally, self._limiter)
+        link.way = "stream"
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                first = await link.hear()
+        except (ConnectionBroken, trio.TooSlowError) as exc:
+            logger.info("Refused an incoming bulk stream: %s", exc, extra={"peer_id": caller})
+            await link.close()
+        else:
+            await self._answer(link, first)
+
+    async def _hear(self, link: SocketConnection) -> None:
+        """Answer what the other end, which speaks first, says next; the link is closed or kept then."""
+        first: Frame | None = None
+        try:
+            if self._heard[link.peer] >= MAX_HEARD_PER_PEER:
+                raise ConnectionBroken("the peer speaks on too many connections at once")
+            with counted(self._heard, link.peer), trio.fail_after(HANDSHAKE_TIMEOUT_S):
+                found = await link.hear()
+            if not is_trusted(link, self._links.identity):
+                raise ConnectionBroken("the peer's certificate is not trusted any more")
+            first = found
+        except (ConnectionBroken, trio.TooSlowError) as exc:
+            logger.debug("A connection that was idle has ended: %s", exc, extra={"peer_id": link.peer})
+        finally:
+            if first is None:
+                link.close_now()
+        if first is not None:
+            await self._answer(link, first)
+
+    async def _answer(self, link: BulkConnection, first: Frame) -> None:
+        """Do what ``first`` asks for; then the link is kept or closed. Never raises for what a peer does."""
+        reusable = False
+        try:
+            if not isinstance(first, BulkOffer | WantFile):
+                raise ConnectionBroken(
+                    f"the peer said {type(first).__name__} where an offer or a want was due"
+                )
+            try:
+                with self._counted(link.peer), trace_context(first.traceparent):
+                    if isinstance(first, BulkOffer):
+                        reusable = await self.receive(link, first)
+                    else:
+                        reusable = await self.send(link, first)
+            except Refused as exc:
+                await link.say(Verdict("refused", exc.code, exc.reason))
+                reusable = True
+        except ConnectionBroken as exc:
+            logger.info(
+                "A transfer that a peer began was interrupted: %s.", exc, extra={"peer_id": link.peer}
+            )
+        except Exception:  # the edge of a task for a peer: its connection ends, and the node does not
+            logger.exception("A transfer that a peer began failed.", extra={"peer_id": link.peer})
+        finally:
+            await self._kept.release(link, reusable)
+
+    @contextmanager
+    def _counted(self, peer: str) -> Iterator[None]:
+        if self._answered.total() >= MAX_ANSWERED or self._answered[peer] >= MAX_ANSWERED_PER_PEER:
+            raise Refused("busy", "too many files are under way here; try again later")
+        with counted(self._answered, peer):
+            yield

@@ -56,9 +56,8 @@ def receiving(inbound: Inbound) -> Iterator[None]:
         if inbound.scope.cancelled_caught:
             return
         verdict = inbound.verdict
-        arrived = verdict is not None and verdict.outcome == "ok"
-        _count(meta, "inbound", "success" if arrived else "failure", began)
-        if not arrived:
+        _count(meta, "inbound", "success" if inbound.arrived else "failure", began)
+        if not inbound.arrived:
             reason = f"{verdict.outcome}: {verdict.reason}" if verdict is not None else "it did not come"
             failed(received, reason)
             received.set_attribute("error.type", (verdict and (verdict.code or verdict.outcome)) or "lost")

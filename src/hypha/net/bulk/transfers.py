@@ -10,18 +10,15 @@ import trio
 
 from hypha.config.tuning import TuningConfig
 from hypha.messages import QUICK_KINDS, JobStamp, PeerRef, PullFile, TransferMeta
-from hypha.net.bulk.bandwidth import Caps
+from hypha.net.bandwidth import Caps
 from hypha.net.bulk.connections import TransferredBytes
 from hypha.net.bulk.files import StreamHash, hash_file, quick_hasher, strong_hasher
-from hypha.net.bulk.inbound import WantedFile
 from hypha.net.bulk.kept_connections import KeptConnections
-from hypha.net.bulk.pulling import Pulling
+from hypha.net.bulk.pulling import Pulling, WantedFile
 from hypha.net.bulk.receiving import Receiving
 from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.sending import Sending
-from hypha.net.bulk.serving import ServingPulls
-from hypha.net.bulk.ways import Ways
-from hypha.net.bulk.wire import BulkConnections, id_of, new_token
+from hypha.net.bulk.wire import BulkConnections, id_of
 from hypha.runtime import in_thread
 
 #: Threads of the bulk plane beyond those of transfers in which bytes move: for transfers in which nothing
@@ -41,16 +38,14 @@ class BulkTransfers:
         #: bytes of files ``sent`` (before compression, repeated ones included) and ``received`` so far
         self.tally = TransferredBytes(caps)
         threads = MAX_THREADS + 2 * (tuning.transfers.sends + tuning.transfers.receives)
-        self._rendezvous = Rendezvous(links, self.tally, trio.CapacityLimiter(threads), tuning.sockets)
-        self._kept = KeptConnections(links.identity)
-        ways = Ways(links)
-        self._receiving = Receiving(links, self._rendezvous, self._kept, tuning.transfers.receives)
-        self._sending = Sending(links, self._rendezvous, self._kept, ways, tuning.transfers)
-        self._serving = ServingPulls(links, self._kept, self._sending)
-        self._pulling = Pulling(links, self._rendezvous, self._kept, ways, self._receiving)
-        self._kept.agree, self._kept.serve = self._receiving.agree, self._serving.wanted
-        self._rendezvous.serve = self._serving.wanted
-        self.serve = self._serving.serve
+        self._kept = kept = KeptConnections(links.identity)
+        limiter = trio.CapacityLimiter(threads)
+        self._rendezvous = Rendezvous(links, kept, self.tally, limiter, tuning.sockets)
+        self._receiving = Receiving(links, tuning.transfers.receives)
+        self._sending = Sending(links, self._rendezvous, kept, tuning.transfers)
+        self._pulling = Pulling(links, self._rendezvous, kept, self._receiving)
+        self._rendezvous.send, self._rendezvous.receive = self._sending.wanted, self._receiving.offered
+        self.serve = self._sending.serve
         self.accept = self._receiving.accept
         #: take over an incoming blocking connection
         self.serve_socket = self._rendezvous.serve_socket
@@ -66,23 +61,22 @@ class BulkTransfers:
         try:
             async with trio.open_nursery() as nursery:
                 self._rendezvous.start(nursery)
-                self._kept.nursery = self._receiving.nursery = self._serving.nursery = nursery
+                self._kept.nursery = nursery
                 nursery.start_soon(self._receiving.places.run)
                 nursery.start_soon(self._sending.places.run)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
-            self._kept.nursery = self._receiving.nursery = self._serving.nursery = None
+            self._kept.nursery = None
             self._rendezvous.close()
 
     async def send(
         self, peer: PeerRef | str, path: Path, meta: TransferMeta, patience_s: float = 0.0
     ) -> None:
-        token = new_token()
         if id_of(peer) == self._links.identity.peer_id:
-            await self._receiving.take_local(path, meta, token)
+            await self._receiving.take_local(path, meta)
         else:
-            await self._sending.send(peer, path, meta, token, patience_s)
+            await self._sending.send(peer, path, meta, patience_s)
 
     async def pull(
         self,
@@ -94,18 +88,12 @@ class BulkTransfers:
         still_s: float | None = None,
     ) -> TransferMeta:
         pull = WantedFile(peer, request, destination, expect, max_bytes)
-        if pull.peer_id == self._links.identity.peer_id:
-            await self._pull_local(pull)
-        else:
-            await self._pulling.pull(pull, still_s)
-        return pull.result()
-
-    async def _pull_local(self, pull: WantedFile) -> None:
-        request = msgspec.structs.replace(pull.request, token=pull.token)
-        path, meta = await self._serving.provide(pull.peer_id, request)
+        if pull.peer_id != self._links.identity.peer_id:
+            return await self._pulling.pull(pull, still_s)
+        path, meta = await self._sending.provide(pull.peer_id, request)
         pull.check(meta)
-        async with self._receiving.wanting(pull):
-            await self._receiving.take_local(path, meta, pull.token)
+        await self._receiving.copy(path, meta, destination)
+        return meta
 
 
 async def meta_of(path: Path, kind: str, name: str, stamp: JobStamp | None = None) -> TransferMeta:

@@ -1,6 +1,6 @@
 """Which ways to a peer there are for a bulk connection, and which one to try first.
 
-A node dials the peer, or is dialled by it (first, where the peer has dialled it already), or opens a libp2p
+A node dials the peer, or asks it to dial (first, where the peer has dialled it already), or opens a libp2p
 stream, through a relay when need be. The way that worked is tried first next time, and one that failed last.
 """
 

@@ -1,19 +1,17 @@
 """The words of the bulk plane: what is said on a connection around the bytes of a file.
 
-A file that is offered: the dialler sends :class:`Hello`, the receiver :class:`Go` (preceded by any number of
-:class:`Working` while it is busy), the sender the bytes from that offset on, and the receiver ends with a
-:class:`Verdict`, at any time. A file that is asked for: the dialler sends :class:`WantFile`, which includes
-its ``Go``, and the sender answers with :class:`FileFound` (or a ``Verdict``) and the bytes. After an ``ok`` a
-socket may be kept; the next frame on it is another ``WantFile`` of whoever asked, or the sender's
-:class:`~hypha.messages.BulkOffer` of another file, answered by ``Go`` or ``Verdict`` as above.
+Whoever has opened a connection speaks first. It offers a file (:class:`~hypha.messages.BulkOffer`), which is
+answered by :class:`Go` or a :class:`Verdict`, and sends the bytes from the offset in ``Go`` on; or it asks
+for one (:class:`WantFile`, which includes its ``Go``), which is answered by :class:`FileFound` or a
+``Verdict``, and the bytes. Whoever receives ends with a ``Verdict``, at any time. An end that is busy says
+:class:`Working` meanwhile. After an ``ok`` or a refusal a socket may be kept; the next frame on it is another
+offer or want of the same end. Whoever cannot dial asks to be dialled (:class:`~hypha.messages.BulkDial`):
+such a connection begins with the dialler's :class:`Hello`, after which the other end speaks first.
 
-A frame is its length (4 bytes, big-endian) and a MessagePack struct. On a stream the file's bytes follow as
-they are, with the encoding ``zstd`` in blocks of at most ``BLOCK_BYTES`` plain bytes, each
-compressed on its own behind its length. On a socket they follow in blocks that :mod:`hypha.net.bulk.blocks`
-seals, each perhaps compressed before. Where sender and receiver both say ``zstd_blocks`` the bytes follow in
-blocks on streams as well, and the highest bit of a block's length says whether that one is compressed.
+A frame is its length (4 bytes, big-endian) and a MessagePack struct. A file's bytes follow in blocks of at
+most ``BLOCK_BYTES`` plain bytes, each behind its length, of which the highest bit says whether it is
+compressed (:mod:`hypha.net.bulk.blocks`); on a socket they are sealed.
 
-Peers of versions before ``WantFile`` are told apart by ALPN on sockets, and by the protocol on streams.
 Whether a peer may send or take files of a kind is decided by its role (:data:`hypha.access.KINDS`)."""
 
 from __future__ import annotations
@@ -33,23 +31,20 @@ from hypha.node import Node
 from hypha.pki.identity import Identity
 
 BULK_PROTOCOL = "/hypha/bulk/1"
-#: Streams on which :class:`WantFile` is the first frame.
-WANT_PROTOCOL = "/hypha/bulk/want/1"
-#: What is agreed on where both ends know :class:`WantFile`, and where one of them does not.
-WANT_ALPN = "hypha-bulk/3"
-BULK_ALPN = (WANT_ALPN, "hypha-bulk/2")
+BULK_ALPN = ("hypha-bulk/3",)
 
 #: Read, written and compressed at a time.
 BLOCK_BYTES = 1 << 20
-#: No frame is longer than this: it holds a token or a sentence.
-MAX_FRAME_BYTES = 16 << 10
+#: No frame is longer than this: what is said of theta names its contributors, perhaps thousands.
+MAX_FRAME_BYTES = 256 << 10
 #: A compressed block may be a little longer than what is in it.
 MAX_BLOCK_BYTES = BLOCK_BYTES + (BLOCK_BYTES >> 4)
 
 HANDSHAKE_TIMEOUT_S = 5.0
 #: No byte for this long, and the connection is given up.
 STALL_TIMEOUT_S = 30.0
-#: A busy receiver says ``Working`` this often.
+#: An end that is busy says ``Working`` after the first, and then every so often.
+SOON_S = 0.5
 WORKING_INTERVAL_S = 5.0
 
 _LENGTH = struct.Struct(">I")
@@ -87,26 +82,23 @@ class BulkConnections(Node, Protocol):
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The dialler's first words: this connection is for the transfer ``token``."""
+    """The first word of who was asked by a ``BulkDial`` to dial, and its ``token``."""
 
     token: str
     v: int = WIRE_VERSION
 
 
 class Go(Struct, frozen=True, tag="go"):
-    """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``; with ``zstd_blocks``,
-    which only answers an offer that says so, single blocks may be compressed.
+    """The receiver wants the bytes from ``offset`` on, on a socket sealed with ``key``, which is of this file
+    and this connection alone.
     """
 
     offset: int
     key: bytes = b""
-    zstd_blocks: bool = False
 
 
 class WantFile(Struct, frozen=True, tag="want"):
-    """Whoever wants the file that ``request`` names asks for it on this connection. ``go`` is what it would
-    say to an offer; its ``zstd_blocks`` says that the bytes may follow so.
-    """
+    """The file that ``request`` names is asked for; ``go`` is what would answer an offer of it."""
 
     request: PullFile
     go: Go
@@ -117,7 +109,6 @@ class FileFound(Struct, frozen=True, tag="found"):
     """The answer to :class:`WantFile`; the bytes follow at once, from the offset on that was asked for."""
 
     meta: TransferMeta
-    zstd_blocks: bool = False
     traceparent: str | None = None
 
 
@@ -156,11 +147,6 @@ def encode_frame(frame: Frame) -> bytes:
     return encode_length(len(payload)) + payload
 
 
-def fits(frame: Frame) -> bool:
-    """Whether it is short enough to be a frame: an offer that names hundreds of contributors is not."""
-    return len(msgspec.msgpack.encode(frame)) <= MAX_FRAME_BYTES
-
-
 def decode_frame(payload: bytes) -> Frame:
     """The struct; ConnectionBroken when it is none."""
     try:
@@ -193,25 +179,23 @@ def new_token() -> str:
 
 
 def require_sender(links: BulkConnections, peer: str, kind: str) -> None:
-    """Refused unless ``peer`` may send files of ``kind``."""
+    """Refused unless ``peer``, which is or was connected, may send files of ``kind``."""
     allowed = KINDS[kind].senders if kind in KINDS else NOBODY
     _require(links, peer, allowed, f"files of kind {kind!r} come from a certificate with the role")
 
 
-def require_receiver(links: BulkConnections, peer: str, kind: str, met: bool = True) -> None:
-    """Refused unless ``peer`` may take files of ``kind``. Of one not ``met`` yet nothing need be known."""
+def require_receiver(links: BulkConnections, peer: str, kind: str) -> None:
+    """Refused unless ``peer``, which is or was connected, may take files of ``kind``."""
     allowed = KINDS[kind].receivers if kind in KINDS else NOBODY
-    _require(links, peer, allowed, f"files of kind {kind!r} go to a certificate with the role", met)
+    _require(links, peer, allowed, f"files of kind {kind!r} go to a certificate with the role")
 
 
-def _require(links: BulkConnections, peer: str, allowed: Allowed, what: str, met: bool = True) -> None:
+def _require(links: BulkConnections, peer: str, allowed: Allowed, what: str) -> None:
     if peer == links.identity.peer_id:
         return
     try:
         has = links.roles_of(peer)
     except PeerUnreachable as exc:
-        if not met:
-            return
         raise Refused("role", f"{what} {named(allowed)}; that of {peer} is not known") from exc
     if not may_act_as(has, allowed):
         raise Refused("role", f"{what} {named(allowed)}; that of {peer} carries {carries(has)}")

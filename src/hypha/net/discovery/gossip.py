@@ -6,15 +6,15 @@ defaults isolate leaves of a hub for good, its rate limit drops silently, and it
 the heartbeat to a minute.
 
 A message's signature proves its publisher's key. What that key may do (:data:`hypha.access.TOPICS`) is in its
-certificate: the one that came with the message, or that of a connection with the publisher.
+certificate, which comes with the message.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import msgspec
@@ -22,25 +22,19 @@ import trio
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
 from libp2p.tools.anyio_service import background_trio_service
+from msgspec import Struct
 from opentelemetry.trace import SpanKind
 
 from hypha.access import TOPICS, carries, may_act_as, named
 from hypha.config.tuning import GossipTuning
 from hypha.decoding import decode
-from hypha.errors import IdentityError, NetworkError, PeerUnreachable, Undecodable
-from hypha.messages import (
-    MAX_CERTIFICATES,
-    WIRE_VERSION,
-    WORKER_TOPIC,
-    GossipEnvelope,
-    PeerRef,
-    WorkerRequest,
-)
+from hypha.errors import IdentityError, Undecodable
+from hypha.messages import MAX_CERTIFICATES, WIRE_VERSION, WORKER_TOPIC, GossipEnvelope, WorkerRequest
+from hypha.messages.envelopes import CertificateChain
 from hypha.naming import shown
 from hypha.net.libp2p import pubsub
 from hypha.net.peers.inbound_limits import OverLimit
-from hypha.net.peers.table import PeerTable
-from hypha.node import PublishedRequest
+from hypha.node import Listeners, PublishedRequest
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import GOSSIP_MESSAGES
 from hypha.tracing import hop_traceparent, span, start_span, traceparent
@@ -50,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 #: Messages a slow subscriber may leave unread; the oldest go first.
 BACKLOG = 256
-#: Publishers whose role has to be asked for, at once.
-MAX_CONNECTING = 16
 #: How long :meth:`Gossip.publish` waits for somebody to publish to.
 MESH_WAIT_S = 3.0
 #: A request with its publisher's certificates has some kilobytes. Pubsub keeps the messages of the last
@@ -63,8 +55,7 @@ _decoder = msgspec.msgpack.Decoder(GossipEnvelope)
 
 class Gossip:
     """Publishes and hears :class:`WorkerRequest`; ``gateways`` says who is worth waiting for,
-    ``concerns`` with whom gossip is exchanged at all, ``publishers`` whose certificate allows to publish. A
-    publisher of whom nothing is known is connected with by ``connect``, and heard when it may be.
+    ``concerns`` with whom gossip is exchanged at all, ``publishers`` whose certificate allows to publish.
     """
 
     def __init__(
@@ -73,14 +64,10 @@ class Gossip:
         gateways: Callable[[], list[str]],
         concerns: Callable[[str], bool],
         publishers: Publishers,
-        connect: Callable[[PeerRef], Awaitable[None]],
         mesh: GossipTuning,
     ) -> None:
         self._gateways = gateways
         self._publishers = publishers
-        self._connect = connect
-        #: publishers of which nothing is known yet, while they are being connected with
-        self._connecting: set[str] = set()
         pubsub.install()
         self._router = pubsub.Router(
             protocols=[PROTOCOL_ID_V12],
@@ -96,9 +83,8 @@ class Gossip:
         self._pubsub.set_topic_validator(WORKER_TOPIC, self._may_publish, False)
         # message numbers of a restarted node must not repeat those its peers still remember
         self._pubsub.counter = time.time_ns()
-        self._listeners: set[
-            tuple[trio.MemorySendChannel[PublishedRequest], trio.MemoryReceiveChannel[PublishedRequest]]
-        ] = set()
+        self._listeners = Listeners[PublishedRequest](BACKLOG, lambda: GOSSIP_MESSAGES.add(event="dropped"))
+        self.subscribe = self._listeners.listen
 
     async def start(self, stack: AsyncExitStack, nursery: trio.Nursery) -> None:
         """Run until ``stack`` is unwound."""
@@ -106,7 +92,7 @@ class Gossip:
         await stack.enter_async_context(background_trio_service(self._router))
         await self._pubsub.wait_until_ready()
         subscription = await self._pubsub.subscribe(WORKER_TOPIC)
-        nursery.start_soon(self._drain, subscription, nursery)
+        nursery.start_soon(self._drain, subscription)
 
     def close(self) -> None:
         """End the library's thread that forgets old message numbers; nobody else would."""
@@ -148,45 +134,26 @@ class Gossip:
         if scope.cancelled_caught:
             logger.warning("Nobody is there to pass a worker request on; it is published all the same.")
 
-    @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[trio.MemoryReceiveChannel[PublishedRequest]]:
-        """A channel of (publisher, message), from now on; for a slow reader the oldest are dropped."""
-        channel = trio.open_memory_channel[PublishedRequest](BACKLOG)
-        self._listeners.add(channel)
-        try:
-            async with channel[1]:
-                yield channel[1]
-        finally:
-            self._listeners.discard(channel)
-            channel[0].close()
-
     def _may_publish(self, forwarder: ID, raw: Any) -> bool:
         """What the library asks, once for each message, before it is passed on or taken."""
         publisher = ID(raw.from_id)
         if publisher == self._pubsub.my_id:
             return True
-        if len(raw.data) > MAX_MESSAGE_BYTES:
-            GOSSIP_MESSAGES.add(event="dropped")
-            return False
-        try:
-            certificates = decode(_decoder.decode, raw.data).certificates
-        except Undecodable:
-            certificates = ()  # whoever takes it says so; a gateway may be of an older version than both ends
-        if self._publishers.refused(WORKER_TOPIC, str(publisher), certificates):
+        if len(raw.data) > MAX_MESSAGE_BYTES or self._publishers.refused(str(publisher), raw.data):
             GOSSIP_MESSAGES.add(event="dropped")
             return False
         return True
 
-    async def _drain(self, subscription: Any, nursery: trio.Nursery) -> None:
+    async def _drain(self, subscription: Any) -> None:
         while True:
             raw = await subscription.get()
             try:
-                self._hear(raw, nursery)
+                self._hear(raw)
             except Exception:  # the edge of a service loop: what one peer published must not end it
                 GOSSIP_MESSAGES.add(event="dropped")
                 logger.exception("A gossip message could not be taken.")
 
-    def _hear(self, raw: Any, nursery: trio.Nursery) -> None:
+    def _hear(self, raw: Any) -> None:
         if ID(raw.from_id) == self._pubsub.my_id:
             return
         # who it is has been proven by the signature
@@ -200,38 +167,15 @@ class Gossip:
         if envelope.body.scheduler.peer != publisher:
             text = "A worker request names another scheduler than its publisher; it is dropped."
             return _drop(publisher, text)
-        forwarder = self._pubsub.forwarder_of(raw)
-        if self._publishers.are_known(publisher, envelope.certificates):
-            self._take(envelope, publisher, forwarder)
-        elif self._listeners and len(self._connecting) < MAX_CONNECTING and publisher not in self._connecting:
-            self._connecting.add(publisher)
-            nursery.start_soon(self._meet, envelope, publisher, forwarder)
-
-    async def _meet(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
-        """Take a request whose publisher, of an older version, does not say who it is, once that is known."""
-        try:
-            await self._connect(envelope.body.scheduler)
-        except NetworkError as exc:
-            logger.debug("A scheduler cannot be reached: %s", exc, extra={"peer_id": publisher})
-        else:
-            if self._publishers.refused(WORKER_TOPIC, publisher, ()):
-                GOSSIP_MESSAGES.add(event="dropped")
-            else:
-                self._take(envelope, publisher, forwarder)
-        finally:
-            self._connecting.discard(publisher)
-
-    def _take(self, envelope: GossipEnvelope, publisher: str, forwarder: str | None) -> None:
         GOSSIP_MESSAGES.add(event="received")
-        request = envelope.body.request_id
-        logger.debug("Request %s for workers arrived.", request, extra={"peer_id": publisher})
+        request = envelope.body
+        logger.debug("Request %s for workers arrived.", request.request_id, extra={"peer_id": publisher})
         if not self._listeners:
             return
         attributes = {**_attributes("receive"), "hypha.peer": publisher}
-        parent = _passed_on(envelope.traceparent, publisher, forwarder)
+        parent = _passed_on(envelope.traceparent, publisher, self._pubsub.forwarder_of(raw))
         with span(GOSSIP_RECEIVE, attributes, kind=SpanKind.CONSUMER, parent=parent):
-            for send, receive in self._listeners:
-                _put(send, receive, PublishedRequest(publisher, envelope.body, traceparent()))
+            self._listeners.tell(PublishedRequest(publisher, request, traceparent()))
 
     def _begin_relaying(self, raw: Any, forwarder: str) -> Callable[[set[str]], None]:
         """A message of somebody else is about to be passed on."""
@@ -285,28 +229,21 @@ def _hop(sent_in: str | None, peer: str) -> str | None:
         return None
 
 
-def _put(
-    send: trio.MemorySendChannel[PublishedRequest],
-    receive: trio.MemoryReceiveChannel[PublishedRequest],
-    heard: PublishedRequest,
-) -> None:
-    try:
-        send.send_nowait(heard)
-    except trio.WouldBlock:
-        receive.receive_nowait()  # this very moment full, so there is an oldest one
-        GOSSIP_MESSAGES.add(event="dropped")
-        send.send_nowait(heard)
-    except trio.BrokenResourceError:
-        logger.debug("A listener has just left.")
+class _Certified(Struct):
+    """What of a message says who publishes it, whatever its version and its body."""
+
+    certificates: CertificateChain = ()
+
+
+_certified = msgspec.msgpack.Decoder(_Certified)
 
 
 class Publishers:
-    """Judges publishers by ``identity``'s trust and by the connections of ``peers``."""
+    """Judges publishers by ``identity``'s trust."""
 
-    def __init__(self, identity: Identity, require_roles: bool, peers: PeerTable) -> None:
+    def __init__(self, identity: Identity, require_roles: bool) -> None:
         self._identity = identity
         self._require_roles = require_roles
-        self._peers = peers
         self._over_limit = OverLimit()
 
     @property
@@ -314,47 +251,32 @@ class Publishers:
         """What to send along with a message of one's own."""
         return self._identity.certificates[:MAX_CERTIFICATES]
 
-    def are_known(self, publisher: str, certificates: Sequence[bytes]) -> bool:
-        """Whether the roles of ``publisher`` are known: it sent its certificates, or is or was connected."""
-        if certificates:
-            return True
-        try:
-            self._peers.roles_of(publisher)
-        except PeerUnreachable:
-            return False
-        return True
-
-    def refused(self, topic: str, publisher: str, certificates: Sequence[bytes]) -> bool:
-        """Whether what ``publisher`` has published and signed is to be dropped, which is logged once.
-
-        Not where nothing is known of it: a gateway passes on what a scheduler of an older version has
-        published at another gateway, and whoever acts on it asks first.
-        """
-        try:
-            problem = self._problem(topic, publisher, certificates)
-        except PeerUnreachable:
-            return False
+    def refused(self, publisher: str, message: bytes) -> bool:
+        """Whether ``message``, which ``publisher`` has signed, is to be dropped, which is logged once."""
+        problem = self._problem(publisher, message)
         if problem is None:
             return False
-        level = logging.WARNING if self._over_limit.is_first(publisher, topic) else logging.DEBUG
+        level = logging.WARNING if self._over_limit.is_first(publisher, WORKER_TOPIC) else logging.DEBUG
         text = "Dropped what %s has published: %s."
         logger.log(level, text, shown(publisher), problem, extra={"peer_id": publisher})
         return True
 
-    def _problem(self, topic: str, publisher: str, certificates: Sequence[bytes]) -> str | None:
-        if certificates:
-            try:
-                vouched = self._identity.check(certificates[0], certificates[1:])
-            except IdentityError as exc:
-                return exc.problems[0].message
-            if vouched.peer_id != publisher:
-                return "the certificate with it is of another peer"
-            has = vouched.roles
-        else:
-            has = self._peers.roles_of(publisher)
-        if not has and self._require_roles:
+    def _problem(self, publisher: str, message: bytes) -> str | None:
+        certificates: CertificateChain = ()
+        with suppress(Undecodable):
+            certificates = decode(_certified.decode, message).certificates
+        if not certificates:
+            return "no certificate is with it"
+        try:
+            vouched = self._identity.check(certificates[0], certificates[1:])
+        except IdentityError as exc:
+            return exc.problems[0].message
+        if vouched.peer_id != publisher:
+            return "the certificate with it is of another peer"
+        if not vouched.roles and self._require_roles:
             return "its certificate carries no role, and one is required here"
-        allowed = TOPICS[topic].by
-        if not may_act_as(has, allowed):
-            return f"{topic} is for {named(allowed)}, and its certificate carries {carries(has)}"
+        allowed = TOPICS[WORKER_TOPIC].by
+        if not may_act_as(vouched.roles, allowed):
+            has = carries(vouched.roles)
+            return f"{WORKER_TOPIC} is for {named(allowed)}, and its certificate carries {has}"
         return None

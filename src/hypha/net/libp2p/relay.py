@@ -31,7 +31,7 @@ from hypha.access import HOP_PROTOCOL as HOP
 from hypha.access import STOP_PROTOCOL as STOP
 from hypha.config.reading.log_filter import TRACE
 from hypha.errors import NetworkError, PeerUnreachable, Undecodable
-from hypha.net.bulk.bandwidth import Caps
+from hypha.net.bandwidth import Caps
 from hypha.net.libp2p.protobuf_messages import (
     MAX_RELAY_BYTES,
     add_traceparent,

@@ -138,7 +138,7 @@ class Gateways:
 
     async def _use(self, peer: str, reserve: bool) -> None:
         self.active = peer
-        lost = self._peers.loss_of(peer)
+        before = self._peers.connections_of(peer)
         logger.info("Connected to gateway %s.", peer, extra={"peer_id": peer})
         try:
             async with trio.open_nursery() as nursery:
@@ -146,7 +146,7 @@ class Gateways:
                 if reserve:
                     nursery.start_soon(self._hold_reservation, peer)
                 self.changed.note()
-                await lost.wait()
+                await self._peers.wait_lost(peer, before)
                 nursery.cancel_scope.cancel()
         finally:
             self.active = None
@@ -208,11 +208,11 @@ class Gateways:
                 continue
             reminder.reset()
             backoff.reset()
-            lost = self._peers.loss_of(peer)
+            before = self._peers.connections_of(peer)
             logger.info("Linked with gateway %s.", peer, extra={"peer_id": peer})
             await self.joined(peer)
             self.changed.note()
-            await lost.wait()
+            await self._peers.wait_lost(peer, before)
             if self.leaving:
                 await trio.sleep_forever()
             logger.warning("Lost the link with gateway %s.", peer, extra={"peer_id": peer})

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import trio
@@ -24,7 +23,7 @@ from hypha.net.libp2p.tls_connection import TlsConnection
 from hypha.net.libp2p.yamux import breach_of
 from hypha.net.options import Timings
 from hypha.net.peers.inbound_limits import Recent
-from hypha.node import ConnectionInfo, PeerLost
+from hypha.node import Changes, ConnectionInfo, Listeners, PeerLost
 from hypha.pki.identity import Identity
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
 
@@ -72,10 +71,12 @@ class PeerTable(INotifee):  # type: ignore[misc]
         self._identity = identity
         self._timings = timings
         self._nursery = nursery
-        self._watchers: set[trio.MemorySendChannel[PeerLost]] = set()
-        self._arrivals: dict[str, list[trio.Event]] = {}
-        #: connections that are waited for to end, all of them
-        self._ends: list[tuple[set[Any], trio.Event]] = []
+        behind = "A watcher of lost peers is far behind; it misses one."
+        self._watchers = Listeners[PeerLost](WATCH_BACKLOG, lambda: logger.warning(behind))
+        #: a channel of those that are lost, from now on
+        self.watch = self._watchers.listen
+        #: notes each connection that is made or ends
+        self._changes = Changes()
         #: of peers that are or were connected: their roles, and the organisation that vouches for them
         self._vouched: Recent[str, tuple[frozenset[str], str]] = Recent(REMEMBERED_ROLES)
         #: connections that this node ended, and why
@@ -164,43 +165,19 @@ class PeerTable(INotifee):  # type: ignore[misc]
         except KeyError:
             raise PeerUnreachable(peer, "it never was connected, so its roles are unknown") from None
 
-    @asynccontextmanager
-    async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[PeerLost]]:
-        """A channel of :class:`PeerLost`, from now on."""
-        send, receive = trio.open_memory_channel[PeerLost](WATCH_BACKLOG)
-        self._watchers.add(send)
-        try:
-            async with receive:
-                yield receive
-        finally:
-            self._watchers.discard(send)
-            send.close()
-
     async def wait_connected(self, peer: str) -> None:
         """Return when ``peer`` is connected."""
+        seen = self._changes.count
         while not self.is_connected(peer):
-            arrived = trio.Event()
-            self._arrivals.setdefault(peer, []).append(arrived)
-            try:
-                await arrived.wait()
-            finally:
-                # whoever gives up leaves nothing behind, as others say whom to dial
-                if not arrived.is_set():
-                    self._arrivals[peer].remove(arrived)
-                    if not self._arrivals[peer]:
-                        del self._arrivals[peer]
+            seen = await self._changes.wait(seen)
 
-    def loss_of(self, peer: str) -> trio.Event:
-        """Set once every connection to ``peer`` that there is now has ended, even if somebody else has
-        connected again by then: what the peer kept for those connections is gone.
+    async def wait_lost(self, peer: str, connections: list[Any]) -> None:
+        """Return when all these ``connections`` to ``peer`` have ended, even if somebody else has connected
+        again by then: what the peer kept for those connections is gone.
         """
-        lost = trio.Event()
-        left = set(self.connections_of(peer))
-        if left:
-            self._ends.append((left, lost))
-        else:
-            lost.set()
-        return lost
+        seen = self._changes.count
+        while any(one in connections for one in self.connections_of(peer)):
+            seen = await self._changes.wait(seen)
 
     async def connected(self, network: Any, conn: Any) -> None:
         peer = str(conn.muxed_conn.peer_id)
@@ -208,17 +185,12 @@ class PeerTable(INotifee):  # type: ignore[misc]
         CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
         logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
         self._vouched[peer] = (secured(conn).roles, secured(conn).vouched_organization)
-        for waiting in self._arrivals.pop(peer, ()):
-            waiting.set()
+        self._changes.note()
         for call in self.on_connected:
             call(peer)
 
     async def disconnected(self, network: Any, conn: Any) -> None:
-        for left, lost in self._ends:
-            left.discard(conn)
-            if not left:
-                lost.set()
-        self._ends = [(left, lost) for left, lost in self._ends if left]
+        self._changes.note()
         peer = str(conn.muxed_conn.peer_id)
         reason = self._cuts.pop(conn, "limit" if breach_of(conn.muxed_conn) else "closed")
         CONNECTIONS_LOST.add(reason=reason)
@@ -235,13 +207,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
             return
         for call in self.on_lost:
             call(peer)
-        for watcher in self._watchers:
-            try:
-                watcher.send_nowait(PeerLost(peer, reason == "revoked"))
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                logger.warning(
-                    "A watcher of lost peers is far behind; it misses one.", extra={"peer_id": peer}
-                )
+        self._watchers.tell(PeerLost(peer, reason == "revoked"))
 
     async def opened_stream(self, network: Any, stream: Any) -> None: ...
 

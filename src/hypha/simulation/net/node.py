@@ -30,16 +30,16 @@ from hypha.messages import (
     Response,
     ResponseEnvelope,
 )
-from hypha.node import Changes, ConnectionInfo, PeerLost
+from hypha.node import Changes, ConnectionInfo, Listeners, PeerLost
 from hypha.runtime import chance
 from hypha.simulation.net.lines import SimulatedMachine
 from hypha.simulation.net.network import SimulatedNetwork
 from hypha.simulation.net.services import (
-    Listeners,
     SimulatedAnswers,
     SimulatedDirectory,
     SimulatedGossip,
     SimulatedReports,
+    told_late,
 )
 from hypha.simulation.net.transfers import SimulatedTransfers
 from hypha.simulation.process import ProcessGone, SimulatedProcess
@@ -109,7 +109,7 @@ class SimulatedNode:
         self._book: dict[str, PeerRef] = {peer: _ref(peer) for peer in options.gateways}
         self._met: dict[str, frozenset[str]] = {}
         self._gateway: str | None = None
-        self._watchers = Listeners[PeerLost](4096)
+        self._watchers = Listeners[PeerLost](4096, told_late)
         self.watch_peers = self._watchers.listen
         self.answer(Health, self._health)
 

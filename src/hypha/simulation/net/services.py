@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -27,7 +26,7 @@ from hypha.messages import (
     ResponseEnvelope,
     WorkerRequest,
 )
-from hypha.node import PublishedRequest, ReportHandler
+from hypha.node import Listeners, PublishedRequest, ReportHandler
 
 if TYPE_CHECKING:
     from hypha.simulation.net.node import SimulatedNode
@@ -48,32 +47,11 @@ _reports = msgspec.msgpack.Decoder(list[Report])
 _gossip = msgspec.msgpack.Decoder(GossipEnvelope)
 
 Handler = Callable[[str, Any], Awaitable[Response]]
-T = TypeVar("T")
 
 
-class Listeners(Generic[T]):
-    """Channels, each of somebody who listens; who is slow misses something."""
-
-    def __init__(self, backlog: int) -> None:
-        self._backlog = backlog
-        self._channels: dict[trio.MemorySendChannel[T], None] = {}
-
-    def tell(self, item: T) -> None:
-        for channel in list(self._channels):
-            try:
-                channel.send_nowait(item)
-            except (trio.WouldBlock, trio.BrokenResourceError):
-                logger.warning("A slow listener misses something.")
-
-    @asynccontextmanager
-    async def listen(self) -> AsyncIterator[trio.MemoryReceiveChannel[T]]:
-        send, receive = trio.open_memory_channel[T](self._backlog)
-        self._channels[send] = None
-        try:
-            yield receive
-        finally:
-            self._channels.pop(send, None)
-            send.close()
+def told_late() -> None:
+    """Of a listener that misses something."""
+    logger.warning("A slow listener misses something.")
 
 
 class SimulatedAnswers:
@@ -191,7 +169,7 @@ class SimulatedGossip:
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
-        self._listeners = Listeners[PublishedRequest](_BACKLOG)
+        self._listeners = Listeners[PublishedRequest](_BACKLOG, told_late)
         self.subscribe = self._listeners.listen
 
     async def publish(self, message: WorkerRequest) -> None:
