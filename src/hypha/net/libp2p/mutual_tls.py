@@ -75,9 +75,11 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         max_streams: int = MAX_INBOUND_STREAMS,
     ) -> None:
         self._identity = identity
-        self._max_streams = max_streams
+        #: streams that a peer may have open here at once, on one connection
+        self.max_streams = max_streams
         self._require_roles = require_roles
         self._over_limit = OverLimit()
+        #: what all connections of this node may take together
         self.budget = InboundBudget()
         self._asked_name = None if instance is None else instance + INSTANCE_SUFFIX
         #: asked about each peer that has dialled and is let in otherwise
@@ -172,9 +174,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                 await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
             raise
         session = TlsSession(tls, incoming, outgoing)
-        connection = TlsConnection(raw, session, self.key_pair, certificate, vouched)
-        connection.budget = self.budget
-        connection.max_streams = self._max_streams
+        connection = TlsConnection(raw, session, self, certificate, vouched)
         learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:
             raise OtherPeer(

@@ -5,35 +5,27 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
 from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.crypto.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import PublicKey
 from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.peer.id import ID
-from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.naming import cleaned
-from hypha.net.libp2p.yamux import MAX_INBOUND_STREAMS
-from hypha.net.peers.inbound_limits import InboundBudget
 from hypha.net.peers.reasons import TurnedAway, refusal_in
-from hypha.pki.certificates import common_name_of, parse_der
 from hypha.pki.contexts import asked_name_of
 
 if TYPE_CHECKING:
     from multiaddr import Multiaddr
 
+    from hypha.net.libp2p.mutual_tls import MutualTls
     from hypha.pki.identity import Vouched
-
-logger = logging.getLogger(__name__)
 
 #: How a node's number is written into the name that it asks for in the handshake.
 INSTANCE_SUFFIX = ".instance.hypha"
@@ -73,7 +65,7 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self,
         raw: IRawConnection,
         session: TlsSession,
-        key_pair: KeyPair,
+        security: MutualTls,
         certificate: bytes,
         vouched: Vouched,
     ) -> None:
@@ -81,26 +73,23 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         tls = session.tls
         self.is_initiator = not tls.server_side
         self.certificate = certificate
-        #: streams that the peer may have open here at once
-        self.max_streams = MAX_INBOUND_STREAMS
+        self.max_streams = security.max_streams
+        self.budget = security.budget
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
         #: and at which it was made
         self.since = self.last_received
-        #: what all connections of this node may take together
-        self.budget: InboundBudget | None = None
+        #: as it is written there, so that it can be compared; what follows is for people, too
+        self.vouched = vouched
         self.roles = vouched.roles
-        self.name = cleaned(common_name_of(parse_der(certificate)))
-        #: as it is written there, so that it can be compared
-        self.vouched_organization = vouched.organization
+        self.name = cleaned(vouched.name)
         self.organization = cleaned(vouched.organization)
         self.instance = instance_of(tls) if tls.server_side else None
         self._tls = tls
         self._incoming = session.incoming
         self._outgoing = session.outgoing
-        self._key_pair = key_pair
-        self._remote_key = public_key_of(certificate)
-        self._remote = ID.from_pubkey(self._remote_key)
+        self._key_pair = security.key_pair
+        self._remote = ID.from_string(vouched.peer_id)
         self._buffer = bytearray()
         self._consumed = 0
         self._scratch = memoryview(bytearray(RECEIVE_BYTES))
@@ -120,8 +109,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
     def get_remote_peer(self) -> ID:
         return self._remote
 
-    def get_remote_public_key(self) -> Ed25519PublicKey:
-        return self._remote_key
+    def get_remote_public_key(self) -> PublicKey | None:
+        return self._remote.extract_public_key()
 
     def get_remote_address(self) -> tuple[str, int] | None:
         address: tuple[str, int] | None = self.raw.get_remote_address()
@@ -246,14 +235,6 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         """Close at once, without goodbye; whoever waits in a read or write gets an error."""
         self._closed = True
         await close_at_once(self.raw)
-
-
-def public_key_of(certificate: bytes) -> Ed25519PublicKey:
-    """The libp2p public key of a DER certificate; ``HandshakeFailure`` when it is not Ed25519."""
-    key = x509.load_der_x509_certificate(certificate).public_key()
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise HandshakeFailure("the peer's certificate key is not Ed25519")
-    return Ed25519PublicKey.from_bytes(key.public_bytes_raw())
 
 
 def instance_of(tls: ssl.SSLObject) -> str | None:
