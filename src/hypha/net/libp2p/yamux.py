@@ -61,6 +61,8 @@ class MuxedStream(yamux.YamuxStream):  # type: ignore[misc]
     """A stream of a :class:`Muxer`."""
 
     conn: Muxer
+    closed: bool
+    target_recv_window: int
 
     def __init__(self, stream_id: int, conn: Muxer, is_initiator: bool) -> None:
         self._writable = trio.Event()
@@ -204,6 +206,7 @@ class Muxer(yamux.Yamux):  # type: ignore[misc]
 
     #: why it was ended here, where its peer had broken the rules
     breach: str | None = None
+    _rtt: float
     _told_full = False
 
     @property
