@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 import trio
@@ -109,7 +108,7 @@ async def test_cancelled_requests_leave_the_connection_whole(network: Network) -
 
 async def test_a_silent_partition_ends_reads_and_the_connection(network: Network) -> None:
     """As shipped, a blocked read hangs for ever."""
-    network.timings = replace(network.timings, liveness_s=1.0)
+    network.timings = network.timings.model_copy(update={"silence_s": 1.0})
 
     async with (
         network.leaf("a") as one,
@@ -140,7 +139,7 @@ async def test_a_silent_partition_ends_reads_and_the_connection(network: Network
 
 async def test_a_stuck_writer_does_not_hold_up_the_end_of_its_connection(network: Network) -> None:
     """As shipped, closing waits behind the writer."""
-    network.timings = replace(network.timings, liveness_s=1.0)
+    network.timings = network.timings.model_copy(update={"silence_s": 1.0})
     async with (
         network.leaf("a") as one,
         network.leaf("b") as two,

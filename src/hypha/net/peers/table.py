@@ -276,7 +276,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         stopped peer delays finding the next. Here a quiet connection gets a 12-byte ping frame, and
         only when its last byte came in counts.
         """
-        limit = self._timings.liveness_s
+        limit = self._timings.silence_s
         tick = limit / 4
         due = trio.current_time() + tick
         while True:
