@@ -9,6 +9,6 @@ without the internet.
 ``assets/uPlot.*`` is uPlot 1.6.32, unchanged, under the licence beside it.
 """
 
-from hypha.telemetry.page.serving import Access, Message, PageFeed, page_routes, token_in, worker_routes
+from hypha.telemetry.page.serving import Message, PageFeed, page_routes, token_in, worker_routes
 
-__all__ = ["Access", "Message", "PageFeed", "page_routes", "token_in", "worker_routes"]
+__all__ = ["Message", "PageFeed", "page_routes", "token_in", "worker_routes"]

@@ -18,12 +18,11 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs
 
 import msgspec
 import trio
+from starlette.datastructures import Headers, QueryParams
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -74,9 +73,10 @@ _HEADERS = [
 ]
 
 
-def page_routes(feed: PageFeed, status: Callable[[], object], access: Access) -> list[Route]:
+def page_routes(feed: PageFeed, status: Callable[[], object], token: str | None) -> list[Route]:
     """For :func:`hypha.telemetry.serve_http`. ``status`` is called for each request of ``/status``, and
-    returns anything that msgspec can write as JSON. Reads the page's files: call it once, at the start.
+    returns anything that msgspec can write as JSON. ``token`` is None on a loopback address, where none is
+    asked for. Reads the page's files: call it once, at the start.
     """
 
     async def get_status(_: Request) -> Response:
@@ -85,8 +85,8 @@ def page_routes(feed: PageFeed, status: Callable[[], object], access: Access) ->
 
     return [
         *_static("index.html", [path.name for path in sorted(ASSETS.iterdir())]),
-        Route("/events", _Guarded(feed, access), methods=["GET"]),
-        Route("/status", _Guarded(Route("/status", get_status).app, access), methods=["GET"]),
+        Route("/events", _Guarded(feed, token), methods=["GET"]),
+        Route("/status", _Guarded(Route("/status", get_status).app, token), methods=["GET"]),
     ]
 
 
@@ -117,14 +117,15 @@ def _static(page: str, names: Sequence[str]) -> list[Route]:
 
 
 class _Guarded:
-    """``app`` for whom ``access`` lets in."""
+    """``app`` for whoever has the ``token``, or for everybody without one."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
         self._app = app
-        self._access = access
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._access.admits(scope):
+        token = self._token
+        if token is None or any(hmac.compare_digest(one.encode(), token.encode()) for one in _tokens(scope)):
             await self._app(scope, receive, send)
             return
         text = f"The token is missing or wrong: it is in {_FILE} in the job's state directory.\n"
@@ -132,21 +133,11 @@ class _Guarded:
         await PlainTextResponse(text, 401, headers=headers)(scope, receive, send)
 
 
-# --- who may read ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Access:
-    """``token`` is None on a loopback address, where none is asked for."""
-
-    token: str | None = field(default=None, repr=False)
-
-    def admits(self, scope: Scope) -> bool:
-        """Whether the request is let in."""
-        token = self.token
-        return token is None or any(
-            hmac.compare_digest(given.encode(), token.encode()) for given in _tokens(scope)
-        )
+def _tokens(scope: Scope) -> Iterable[str]:
+    kind, _, value = Headers(scope=scope).get("authorization", "").partition(" ")
+    if kind.lower() == "bearer":
+        yield value.strip()
+    yield from QueryParams(scope["query_string"]).getlist("token")
 
 
 def token_in(directory: Path) -> tuple[str, Path]:
@@ -171,18 +162,6 @@ def token_in(directory: Path) -> tuple[str, Path]:
         text = f"it is no loopback address, and the page's token cannot be kept in {path}: {exc}"
         raise ConfigError([Problem("http_address", text)]) from exc
     return token, path
-
-
-def _tokens(scope: Scope) -> Iterable[str]:
-    header = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"authorization"), "")
-    kind, _, value = header.partition(" ")
-    if kind.lower() == "bearer":
-        yield value.strip()
-    query = scope["query_string"].decode("latin-1")
-    try:
-        yield from parse_qs(query, max_num_fields=10).get("token", [])
-    except ValueError:
-        return
 
 
 # --- events ---------------------------------------------------------------------------------------------
@@ -218,7 +197,8 @@ class PageFeed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.viewers >= self._max_viewers:
-            await _refuse(send, f"{self.viewers} viewers look at this page already: close one.\n")
+            text = f"{self.viewers} viewers look at this page already: close one.\n"
+            await PlainTextResponse(text, 503, headers={"retry-after": "10"})(scope, receive, send)
             return
         self.viewers += 1
         try:
@@ -264,9 +244,3 @@ async def _until_left(receive: Receive, scope: trio.CancelScope) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
-
-
-async def _refuse(send: Send, text: str) -> None:
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"10")]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})
