@@ -18,7 +18,7 @@ import msgspec
 import trio
 
 from hypha.backoff import NO_JITTER, Backoff
-from hypha.sinks.interface import Begin, Destination, Reply, RoundValues, RunInfo
+from hypha.sinks.interface import Begin, Destination, RoundValues, RunInfo
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class SinkProcess:
             raise _FailedError(f"it gave no reply for {self._patience_s:g} s") from None
         except trio.BrokenResourceError as exc:
             raise _FailedError("its process ended") from exc
-        if error := msgspec.json.decode(text, type=Reply).error:
+        if error := msgspec.json.decode(text, type=str):
             raise _FailedError(error)
 
     async def _end_child(self) -> None:

@@ -39,7 +39,7 @@ from hypha.messages import FinishedSpan
 from hypha.telemetry import metrics
 from hypha.telemetry.instruments import EXPORT_FAILURES
 from hypha.telemetry.logs import ContextFilter, unreadable
-from hypha.tracing.spans import MAX_TEXT, chosen_identifiers, context_of
+from hypha.tracing.spans import MAX_TEXT, chosen_identifiers, span_context_of
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,6 @@ class ExecutorSpanExport:
                 self._processor.on_end(self._readable(one, context))
 
     def _readable(self, one: FinishedSpan, context: SpanContext) -> ReadableSpan:
-        links = [trace.get_current_span(context_of(text)).get_span_context() for text in one.links]
         return ReadableSpan(
             name=one.name,
             context=context,
@@ -166,7 +165,7 @@ class ExecutorSpanExport:
             resource=self._resource,
             attributes=one.attributes,
             events=[Event(event.name, event.attributes, event.time_ns) for event in one.events],
-            links=[Link(link) for link in links if link.is_valid],
+            links=[Link(link) for text in one.links if (link := span_context_of(text)) is not None],
             kind=SpanKind[one.kind.upper()],
             status=Status(StatusCode[one.status.upper()], one.error or None),
             start_time=one.start_ns,

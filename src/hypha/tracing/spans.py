@@ -136,8 +136,7 @@ def start_span(
     token = None
     found = context_of(parent)
     if identity is not None:
-        named = trace.get_current_span(context_of(identity)).get_span_context()
-        if named.is_valid:  # it may be made from what a peer sent
+        if (named := span_context_of(identity)) is not None:  # it may be made from what a peer sent
             token = _chosen.set((named.trace_id, named.span_id))
         found = contexts.Context() if found is None else found
     try:
@@ -146,7 +145,7 @@ def start_span(
             found,
             kind,
             attributes,
-            [Link(one) for text in links if (one := _span_context(text)) is not None],
+            [Link(one) for text in links if (one := span_context_of(text)) is not None],
         )
     finally:
         if token is not None:
@@ -178,7 +177,8 @@ def event(name: str, attributes: Mapping[str, Attribute] | None = None) -> None:
     trace.get_current_span().add_event(name, attributes)
 
 
-def _span_context(text: str) -> trace.SpanContext | None:
+def span_context_of(text: str) -> trace.SpanContext | None:
+    """That of a ``traceparent``; None where it names none."""
     found = trace.get_current_span(context_of(text)).get_span_context()
     return found if found.is_valid else None
 

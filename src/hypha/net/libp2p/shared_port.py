@@ -17,7 +17,6 @@ from typing import Any
 import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.peer.id import ID
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
@@ -252,23 +251,7 @@ def _host_of(sock: trio.socket.SocketType) -> str | None:
         return None
 
 
-def _arrival_of(raw: Any) -> InboundConnection | None:
+def arrival_of(raw: Any) -> InboundConnection | None:
     """None of what was dialled here, and of circuits, which are counted by their relays."""
     stream = getattr(raw, "stream", None)
     return stream.arrival if isinstance(stream, WatchedStream) else None
-
-
-def take_place(raw: Any, peer: ID) -> str | None:
-    """Give a connection that was dialled directly its place among those of known peers, or say why not."""
-    arrival = _arrival_of(raw)
-    return None if arrival is None else arrival.places.authenticate(arrival, str(peer))
-
-
-def level_of(raw: Any, failure: str) -> int:
-    """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
-    warning, as anybody may have them fail without end.
-    """
-    arrival = _arrival_of(raw)
-    if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
-        return logging.WARNING
-    return logging.DEBUG
