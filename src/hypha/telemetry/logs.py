@@ -238,18 +238,13 @@ def current_span_ids() -> dict[str, str]:
     return {"trace_id": format(context.trace_id, "032x"), "span_id": format(context.span_id, "016x")}
 
 
-def configure_logging(
-    component: str,
-    levels: LogFilter,
-    style: Literal["json", "text"] = "json",
-    stream: TextIO | None = None,
-) -> None:
-    """Send all logs of this process to ``stream`` (standard error); earlier handlers are dropped."""
+def configure_logging(component: str, levels: LogFilter, style: Literal["json", "text"]) -> None:
+    """Send all logs of this process to standard error; earlier handlers are dropped."""
     logging.addLevelName(TRACE, "TRACE")
-    handler = _StandardError() if stream is None else logging.StreamHandler(stream)
+    handler = _StandardError()
     handler.addFilter(ContextFilter())
     handler.addFilter(_count)
-    text = TextFormatter(lambda: wants_colour(sys.stderr if stream is None else stream))
+    text = TextFormatter(lambda: wants_colour(sys.stderr))
     handler.setFormatter(JsonFormatter(component) if style == "json" else text)
     root = logging.getLogger()
     for old in root.handlers[:]:
