@@ -18,8 +18,7 @@ from tests.support.stopwatch import Stopwatch
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.http.hosts import is_loopback
-from hypha.telemetry.page import Message, PageFeed, page_routes, token_in, worker_routes
-from hypha.telemetry.page.serving import ASSETS
+from hypha.telemetry.page import ASSETS, Message, PageFeed, page_routes, token_in, worker_routes
 
 TOKEN = "a-token-that-nobody-guesses"
 

@@ -143,9 +143,7 @@ def shown(node: Libp2pNode) -> Iterator[None]:
 
 def _connections(node: Libp2pNode) -> list[Reading]:
     # kinds of which there are none are shown, too: a series that vanishes alarms nobody
-    count: Counter[tuple[str, str]] = Counter()
-    for one in node.connections():
-        count[one.direction, one.kind] += 1
+    count = Counter((one.direction, one.kind) for one in node.connections())
     return [
         ({"direction": direction, "way": way}, count[direction, way])
         for direction in ("inbound", "outbound")

@@ -29,7 +29,7 @@ from hypha.config.environment import variable
 from hypha.config.reading.log_filter import TRACE, LogFilter
 from hypha.naming import cleaned, legible, name_of, named
 from hypha.telemetry.instruments import LOG_ENTRIES
-from hypha.tracing.spans import current_operation
+from hypha.tracing import current_operation
 
 #: What every LogRecord has, so that the rest is what the caller gave with ``extra=``.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

@@ -39,7 +39,7 @@ from hypha.messages import FinishedSpan
 from hypha.telemetry import metrics
 from hypha.telemetry.instruments import EXPORT_FAILURES
 from hypha.telemetry.logs import ContextFilter, unreadable
-from hypha.tracing.spans import MAX_TEXT, chosen_identifiers, span_context_of
+from hypha.tracing import MAX_TEXT, chosen_identifiers, span_context_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _context(trace_id: str, span_id: str) -> SpanContext | None:
 
 
 class Identifiers(RandomIdGenerator):
-    """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing.spans`)."""
+    """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing`)."""
 
     def generate_trace_id(self) -> int:
         chosen = chosen_identifiers()
