@@ -173,7 +173,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             finally:
                 self.arrivals.leave(arrival)
         if scope.cancelled_caught:
-            late = "" if arrival.peer else "it took too long, and "
+            late = "" if arrival is not None and arrival.peer else "it took too long, and "
             self._note_refused(host, f"{late}its place was needed")
 
     def _note_refused(self, host: str, why: str) -> None:

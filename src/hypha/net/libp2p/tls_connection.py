@@ -33,6 +33,8 @@ INSTANCE_SUFFIX = ".instance.hypha"
 WRITE_STALL_S = 30.0
 #: Ciphertext per receive: 4 KiB reads, as the library's own TLS does them, halve the throughput.
 RECEIVE_BYTES = 256 * 1024
+#: Plaintext of one record of TLS, at most.
+RECORD_BYTES = 16 * 1024
 
 
 async def close_at_once(raw: IRawConnection) -> None:
@@ -91,8 +93,6 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self._key_pair = security.key_pair
         self._remote = ID.from_string(vouched.peer_id)
         self._buffer = bytearray()
-        self._consumed = 0
-        self._scratch = memoryview(bytearray(RECEIVE_BYTES))
         self._write_lock = trio.Lock()
         self._read_lock = trio.Lock()
         self._at_eof = False
@@ -146,9 +146,7 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         if n == 0:
             return b""
         async with self._read_lock:
-            while len(self._buffer) - self._consumed < (n or 1):
-                del self._buffer[: self._consumed]
-                self._consumed = 0
+            while len(self._buffer) < (n or 1):
                 if not await self._receive():
                     if not self._buffer:
                         raise ConnectionClosedError("the connection is closed", transport="tls")
@@ -157,15 +155,10 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
                 if (refusal := refusal_in(self._buffer)) is not None:
                     raise TurnedAway(refusal)
                 self._welcome = True
-            available = len(self._buffer) - self._consumed
-            end = self._consumed + (available if n is None else min(n, available))
+            count = len(self._buffer) if n is None else n
             with memoryview(self._buffer) as view:
-                taken = bytes(view[self._consumed : end])
-            if end == len(self._buffer):
-                self._buffer.clear()
-                self._consumed = 0
-            else:
-                self._consumed = end
+                taken = bytes(view[:count])
+            del self._buffer[:count]
             return taken
 
     async def _receive(self) -> bool:
@@ -188,30 +181,25 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         return False
 
     def _decrypt(self) -> int:
-        received = 0
+        before = len(self._buffer)
         try:
-            while True:
-                count = self._tls.read(len(self._scratch), self._scratch)
-                size = int(count)  # with a buffer given, ``read`` returns a length
-                if size == 0:
-                    self._at_eof = True
-                    break
-                self._buffer += self._scratch[:size]
-                received += size
+            while record := self._tls.read(RECORD_BYTES):
+                self._buffer += record
+            self._at_eof = True
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             self._at_eof = True
         except ssl.SSLError as exc:
             self._at_eof = True
-            if not received:
+            if len(self._buffer) == before:
                 raise ConnectionClosedError(f"TLS error: {exc.reason or exc}", transport="tls") from exc
-        return received
+        return len(self._buffer) - before
 
     @property
     def pending_bytes(self) -> int:
         """Of plaintext that nobody has read."""
-        return len(self._buffer) - self._consumed
+        return len(self._buffer)
 
     @property
     def ended(self) -> bool:
