@@ -37,7 +37,9 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class HyphaError(Exception):
@@ -268,3 +270,11 @@ class OutputError(JobFailed):
 
 class ExecutorFailed(JobFailed):
     """An executor process ended on its own."""
+
+
+def leaves(group: BaseExceptionGroup[E]) -> list[E]:
+    """The exceptions in ``group`` that are no groups themselves."""
+    found: list[E] = []
+    for exc in group.exceptions:
+        found += leaves(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
+    return found

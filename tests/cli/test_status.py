@@ -25,7 +25,7 @@ from hypha.scheduler.status.snapshot import (
     WorkerSnapshot,
 )
 from hypha.telemetry import serve_http
-from hypha.telemetry.page import Access, PageFeed, page_routes
+from hypha.telemetry.page import PageFeed, page_routes
 from hypha.worker.leasing.given import GivenLease, GivenLeases
 
 TRAINING = JobSnapshot(
@@ -116,7 +116,7 @@ async def test_status_once_and_until_the_end() -> None:
 async def test_beyond_loopback_it_needs_the_token(tmp_path: Path) -> None:
     (tmp_path / "page-token").write_text("a-token-that-nobody-guesses\n")
     feed = PageFeed(lambda: lambda: ())
-    routes = page_routes(feed, lambda: TRAINING, Access("a-token-that-nobody-guesses"))
+    routes = page_routes(feed, lambda: TRAINING, "a-token-that-nobody-guesses")
     async with trio.open_nursery() as nursery:
         address = await nursery.start(partial(serve_http, "127.0.0.1:0", health, routes=routes))
         refused = await hypha("status", address)

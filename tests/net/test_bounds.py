@@ -9,7 +9,6 @@ import struct
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -177,7 +176,7 @@ async def test_streams_beyond_the_limit_are_reset_and_the_connection_goes_on(
 
 async def test_windows_grow_within_what_a_connection_may_hold(network: Network) -> None:
     """As shipped, each stream's window may grow to 16 MiB, of any number of streams."""
-    network.timings = replace(network.timings, liveness_s=60.0)
+    network.timings = network.timings.model_copy(update={"silence_s": 60.0})
     data = bytes(20 << 20)
     held = 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,7 +71,7 @@ async def test_one_that_does_not_answer_any_more_makes_room(
 ) -> None:
     """A machine that lost its power closes no connection; when it is back it must come in within seconds."""
     identity = network.pki.identity("worker", ("worker",))
-    patient = replace(network.timings, liveness_s=600.0)
+    patient = network.timings.model_copy(update={"silence_s": 600.0})
     async with (
         network.gateway(timings=patient) as gateway,
         proxy_to(*host_and_port(address_of(gateway))) as proxy,
@@ -150,7 +149,7 @@ async def test_a_second_node_at_another_gateway_is_turned_away_and_all_four_are_
 async def test_a_node_that_moves_to_another_gateway_is_no_double_of_itself(network: Network) -> None:
     """The gateway that it was lost by still has its connection, and two gateways may have it at once."""
     identity = network.pki.identity("worker", ("worker",))
-    patient = replace(network.timings, liveness_s=600.0)
+    patient = network.timings.model_copy(update={"silence_s": 600.0})
     async with (
         two_gateways(network, timings=patient) as (one, other),
         proxy_to(*host_and_port(address_of(one))) as proxy,
@@ -182,7 +181,7 @@ async def test_gateways_that_were_apart_find_the_nodes_that_both_have_let_in(
     network: Network, caplog: pytest.LogCaptureFixture
 ) -> None:
     identity = network.pki.identity("worker", ("worker",))
-    often = replace(network.timings, doubles_check_s=0.2)
+    often = network.timings.model_copy(update={"doubles_check_s": 0.2})
     async with (
         network.gateway(timings=often) as one,
         network.gateway(timings=often) as other,
@@ -197,7 +196,7 @@ async def test_gateways_that_were_apart_find_the_nodes_that_both_have_let_in(
 
 
 async def test_a_gateway_that_does_not_answer_is_not_waited_for_each_time(network: Network) -> None:
-    patient = replace(network.timings, liveness_s=600.0)
+    patient = network.timings.model_copy(update={"silence_s": 600.0})
     async with (
         network.gateway(timings=patient) as one,
         proxy_to(*host_and_port(address_of(one))) as proxy,

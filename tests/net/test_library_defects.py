@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 import trio
 from libp2p.peer.id import ID
-from libp2p.stream_muxer.yamux.yamux import FLAG_ACK, TYPE_PING, Yamux
+from libp2p.stream_muxer.yamux.yamux import FLAG_ACK, TYPE_PING
 from tests.support.network import Network, address_of, until
 from tests.support.proxy import proxy_to
 from tests.support.stopwatch import Stopwatch
@@ -25,9 +24,10 @@ from hypha.messages import (
     TrainJob,
 )
 from hypha.net import Libp2pNode as Node
-from hypha.net.libp2p import yamux
 from hypha.net.libp2p.streams import STREAM_ERRORS, discard, read_exactly
+from hypha.net.libp2p.yamux import Muxer
 from hypha.net.peers.addresses import host_and_port
+from hypha.net.peers.inbound_limits import InboundBudget
 
 pytestmark = pytest.mark.loopback
 
@@ -108,7 +108,7 @@ async def test_cancelled_requests_leave_the_connection_whole(network: Network) -
 
 async def test_a_silent_partition_ends_reads_and_the_connection(network: Network) -> None:
     """As shipped, a blocked read hangs for ever."""
-    network.timings = replace(network.timings, liveness_s=1.0)
+    network.timings = network.timings.model_copy(update={"silence_s": 1.0})
 
     async with (
         network.leaf("a") as one,
@@ -139,7 +139,7 @@ async def test_a_silent_partition_ends_reads_and_the_connection(network: Network
 
 async def test_a_stuck_writer_does_not_hold_up_the_end_of_its_connection(network: Network) -> None:
     """As shipped, closing waits behind the writer."""
-    network.timings = replace(network.timings, liveness_s=1.0)
+    network.timings = network.timings.model_copy(update={"silence_s": 1.0})
     async with (
         network.leaf("a") as one,
         network.leaf("b") as two,
@@ -294,11 +294,13 @@ class Echo:
     """A connection whose far end has answered a ping before the write of it returns, as a fast one may."""
 
     is_initiator = True
+    pending_bytes = 0
 
     def __init__(self) -> None:
         self._replies, self._arriving = trio.open_memory_channel[bytes](8)
         self._unread = b""
-        self.muxed: Yamux | None = None
+        self.budget = InboundBudget()
+        self.muxed: Muxer | None = None
 
     async def write(self, data: bytes) -> None:
         if data[1] == TYPE_PING and self.muxed is not None:
@@ -314,12 +316,13 @@ class Echo:
     async def close(self) -> None:
         self._replies.close()
 
+    abort = close
+
 
 async def test_a_ping_whose_reply_is_quick_is_timed_from_its_own_beginning() -> None:
     """As shipped, it is counted from the zero of trio's clock: a round trip of days."""
-    yamux.install()
     echo = Echo()
-    echo.muxed = muxed = Yamux(echo, ID(b"peer"), is_initiator=True)  # type: ignore[arg-type]
+    echo.muxed = muxed = Muxer(echo, ID(b"peer"), is_initiator=True)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(muxed.start)
         with trio.fail_after(5):

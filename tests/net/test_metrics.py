@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,7 @@ async def test_the_bytes_counted_are_those_on_the_line(network: Network, signals
 async def test_a_connection_that_fell_silent_is_lost_for_that_reason(
     network: Network, signals: Signals
 ) -> None:
-    network.timings = replace(network.timings, liveness_s=1.0)
+    network.timings = network.timings.model_copy(update={"silence_s": 1.0})
     async with network.leaf("a") as one, network.leaf("b") as other:
         async with proxy_to("127.0.0.1", int(other.listen_addresses()[0].rpartition("/")[2])) as proxy:
             place = f"/ip4/127.0.0.1/tcp/{proxy.port}/p2p/{other.peer_id}"

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,7 +160,7 @@ async def test_whoever_refuses_this_nodes_certificate_is_dialled_less_and_less(
     revoke(network.pki.org, [bystander.cert, revoked.cert], crl)
     good = network.pki.files("good", ("scheduler",))
     strict = load_identity(IdentityFiles(good.cert, good.key, good.trust, crl))
-    patient = replace(network.timings, reconnect_max_s=30.0, identity_poll_s=600.0)
+    patient = network.timings.model_copy(update={"reconnect_max_s": 30.0, "identity_poll_s": 600.0})
     async with (
         network.leaf("scheduler", identity=strict) as scheduler,
         network.leaf("worker", identity=load_identity(revoked), timings=patient) as worker,

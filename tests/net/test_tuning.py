@@ -37,7 +37,7 @@ def test_what_nobody_has_set_is_as_it_was_measured(network: Network) -> None:
         tuning=TuningConfig(liveness=LivenessTuning(silence_s=60, lookup_s=9)),
     )
     timings = options_from(worker, "hypha-worker").timings
-    assert (timings.liveness_s, timings.lookup_s, timings.dial_s) == (60, 9, Timings().dial_s)
+    assert (timings.silence_s, timings.lookup_s, timings.dial_s) == (60, 9, Timings().dial_s)
     more = gateway.model_validate(
         {
             **common,

@@ -13,8 +13,10 @@ from cryptography import x509
 
 from hypha.errors import IdentityError
 from hypha.pki.authority import CaFiles, make_node, make_org, make_root, renew_node, revoke
+from hypha.pki.certificates import is_self_signed
 from hypha.pki.identity import IdentityFiles, load_identity
-from hypha.pki.inspection import describe
+from hypha.pki.inspection import inspected, key_beside, key_problems, names_in
+from hypha.pki.issuers import load_certificate, load_chain
 
 
 def mode(path: Path) -> int:
@@ -88,14 +90,14 @@ def test_openssl_accepts_the_chain_under_its_strict_rules(org: CaFiles, tmp_path
 
 def test_subjects_inherit_country_and_organisation(org: CaFiles, tmp_path: Path) -> None:
     node = make_node("n", org, tmp_path, roles={"worker"}, san=["node.example.org"])
-    (inspected,) = describe(node.cert).certificates
-    assert inspected.subject == "CN=n,O=Acme Lab,C=DE"
-    assert inspected.issuer == "CN=Acme Lab CA,O=Acme Lab,C=DE"
-    assert inspected.roles == ("worker",)
-    assert inspected.names == ("urn:hypha:role:worker", "node.example.org")
-    assert inspected.problems == ()
-    assert inspected.peer_id is not None
-    assert (inspected.not_after - inspected.not_before).days == 366
+    found = inspected(certificate := load_certificate(node.cert))
+    assert certificate.subject.rfc4514_string() == "CN=n,O=Acme Lab,C=DE"
+    assert certificate.issuer.rfc4514_string() == "CN=Acme Lab CA,O=Acme Lab,C=DE"
+    assert found.roles == {"worker"}
+    assert names_in(certificate) == ("urn:hypha:role:worker", "node.example.org")
+    assert found.problems == ()
+    assert found.peer_id is not None
+    assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 366
 
 
 def test_a_root_and_an_organisation_of_one_name_never_clobber_each_other(tmp_path: Path) -> None:
@@ -168,12 +170,12 @@ def test_wrong_wishes_are_refused(org: CaFiles, tmp_path: Path, wrong: dict[str,
 
 def test_renewal_keeps_key_names_and_peer_id(org: CaFiles, tmp_path: Path) -> None:
     node = make_node("n", org, tmp_path, roles={"data"})
-    (before,) = describe(node.cert).certificates
+    before = inspected(old := load_certificate(node.cert))
     renew_node(node.cert, org, days=900)
-    (after,) = describe(node.cert).certificates
-    assert (after.peer_id, after.subject, after.roles) == (before.peer_id, before.subject, before.roles)
-    assert after.not_after > before.not_after
-    assert after.serial != before.serial
+    after = inspected(new := load_certificate(node.cert))
+    assert (after.peer_id, new.subject, after.roles) == (before.peer_id, old.subject, before.roles)
+    assert new.not_valid_after_utc > old.not_valid_after_utc
+    assert new.serial_number != old.serial_number
     assert mode(node.cert) == 0o644
 
 
@@ -187,7 +189,7 @@ def test_renewal_keeps_the_chain_and_the_files_owner_and_mode(org: CaFiles, tmp_
     owner = (node.cert.stat().st_uid, node.cert.stat().st_gid)
     renew_node(node.cert, org, days=900)
     assert node.cert.read_bytes().endswith(chain)
-    assert len(describe(node.cert).certificates) == 2
+    assert len(load_chain(node.cert)) == 2
     assert mode(node.cert) == 0o640
     assert (node.cert.stat().st_uid, node.cert.stat().st_gid) == owner
 
@@ -237,14 +239,16 @@ def test_who_was_renewed_is_revoked_with_the_earlier_certificates(org: CaFiles, 
     assert {entry.serial_number for entry in x509.load_pem_x509_crl(crl.read_bytes())} == set(serials)
 
 
-def test_describe_tells_of_a_key_with_problems(org: CaFiles, tmp_path: Path) -> None:
+def test_a_key_with_problems_is_told_of(org: CaFiles, tmp_path: Path) -> None:
     node = make_node("n", org, tmp_path)
-    assert describe(node.cert).key_problems == ()
+    certificate = load_certificate(node.cert)
+    assert key_beside(node.cert) == node.key
+    assert key_problems(node.key, certificate) == []
     node.key.chmod(0o640)
-    (problem,) = describe(node.cert).key_problems
+    (problem,) = key_problems(node.key, certificate)
     assert "chmod 600" in problem
-    chain = describe(tmp_path / "n-trust.pem")
-    assert [inspected.is_root for inspected in chain.certificates] == [False, True]
-    assert chain.key is None
+    chain = load_chain(tmp_path / "n-trust.pem")
+    assert [is_self_signed(one) for one in chain] == [False, True]
+    assert key_beside(tmp_path / "n-trust.pem") is None
     with pytest.raises(IdentityError, match="n-key"):
-        describe(node.key)
+        load_chain(node.key)

@@ -385,8 +385,6 @@ def test_a_broken_new_file_leaves_the_old_identity_in_force(world: World) -> Non
     with pytest.raises(IdentityError, match="PEM"):
         identity.reload()
     assert identity.reload() is False  # told once, not every time somebody looks
-    with pytest.raises(IdentityError, match="PEM"):
-        identity.reload(force=True)
     handshake(identity, load_identity(world.node("b")))
     files.cert.write_bytes(good)
     assert identity.reload() is True

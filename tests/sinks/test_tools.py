@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.support.polling import until
 from wandb.proto.wandb_internal_pb2 import Record
@@ -25,14 +26,15 @@ def values(round_: int, loss: float) -> RoundValues:
 async def record(destination: Destination, *rounds: tuple[int, float]) -> None:
     """What one scheduler records."""
     sink = SinkProcess(destination, RUN)
-    try:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sink.run)
         for round_, loss in rounds:
             sink.put(values(round_, loss))
-        # libraries are imported, on a machine that may be busy
-        await until(lambda: not sink.waiting, 60)
-    finally:
-        sink.close(30.0)
-        assert sink.join(31.0)
+        try:
+            # libraries are imported, on a machine that may be busy
+            await until(lambda: not sink.waiting, 60)
+        finally:
+            sink.close(30.0)
     assert sink.dropped == 0
 
 

@@ -26,7 +26,7 @@ from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 #: Short, but long enough for a busy machine with two cores.
 TEST_TIMINGS = Timings(
-    liveness_s=3.0,
+    silence_s=3.0,
     dial_s=3.0,
     relay_after_s=0.5,
     reconnect_min_s=0.05,

@@ -36,8 +36,9 @@ from hypha.tracing import operations, span
 def restored() -> Iterator[None]:
     names = ("", "hypha", "hypha.net", "libp2p", "other")
     before = {name: logging.getLogger(name).level for name in names}
-    handlers = logging.getLogger().handlers[:]
+    handlers, stderr = logging.getLogger().handlers[:], sys.stderr
     yield
+    sys.stderr = stderr
     logging.captureWarnings(False)
     logging.getLogger().handlers[:] = handlers
     for name, level in before.items():
@@ -45,8 +46,8 @@ def restored() -> Iterator[None]:
 
 
 def logged(style: str = "json", levels: str = "info") -> tuple[logging.Logger, io.StringIO]:
-    stream = io.StringIO()
-    configure_logging("hypha-scheduler", parse_filter(levels), style, stream)  # type: ignore[arg-type]
+    sys.stderr = stream = io.StringIO()
+    configure_logging("hypha-scheduler", parse_filter(levels), style)  # type: ignore[arg-type]
     return logging.getLogger("hypha.scheduler"), stream
 
 

@@ -18,7 +18,7 @@ from tests.support.signals import Signals, signals
 
 from hypha.runtime import free_bytes
 from hypha.telemetry import instruments as metrics
-from hypha.telemetry.resources import LEAST_S, Sampler, watch_disks, watch_machine, watch_process
+from hypha.telemetry.resources import LEAST_S, Sampler, Shown, watch_disks, watch_machine, watch_process
 
 __all__ = ["signals"]
 
@@ -138,13 +138,18 @@ async def test_disks_are_shown_by_place_and_the_fullest_counts(
 
 async def test_a_reading_that_hangs_holds_nothing_up() -> None:
     hanging = threading.Event()
-    sampler = Sampler(hanging.wait)
+
+    def read() -> Shown:
+        hanging.wait()
+        return {}
+
+    sampler = Sampler(read)
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(sampler.run)
-            assert sampler.latest() is None
+            assert not sampler.latest(metrics.MEMORY_USED)
             await trio.testing.wait_all_tasks_blocked(0.05)
-            assert sampler.latest() is None
+            assert not sampler.latest(metrics.MEMORY_USED)
             nursery.cancel_scope.cancel()
     hanging.set()
 

@@ -158,48 +158,57 @@ def revoke(
 @app.command()
 def show(path: Annotated[Path, typer.Argument(help="A PEM file with certificates.")]) -> None:
     """Print what certificates say; exit 1 when one is not usable."""
-    from hypha.pki.inspection import describe
+    from hypha.pki.inspection import inspected, key_beside, key_problems
+    from hypha.pki.issuers import load_chain
 
-    inspected = describe(path)
-    typer.echo(str(inspected.path))
-    for certificate in inspected.certificates:
-        _show(certificate)
-    if inspected.key is not None:
-        belongs = "" if inspected.key_problems else ", belongs to the certificate"
-        typer.echo(f"  key          {inspected.key}{belongs}")
-    for problem in inspected.key_problems:
-        typer.echo(f"  PROBLEM      {problem}")
-    if inspected.key_problems or any(certificate.problems for certificate in inspected.certificates):
+    typer.echo(str(path))
+    certificates = load_chain(path)
+    problems = [problem for one in certificates for problem in _show(inspected(one))]
+    if (key := key_beside(path)) is not None:
+        found = key_problems(key, certificates[0])
+        typer.echo(f"  key          {key}{'' if found else ', belongs to the certificate'}")
+        for problem in found:
+            typer.echo(f"  PROBLEM      {problem}")
+        problems += found
+    if problems:
         raise typer.Exit(1)
 
 
-def _show(inspected: InspectedCertificate) -> None:
-    kind = "root CA" if inspected.is_root else "CA" if inspected.is_ca else "node"
+def _show(found: InspectedCertificate) -> tuple[str, ...]:
+    """Print it; what is wrong with it."""
+    from hypha.pki.certificates import fingerprint, is_ca, is_self_signed
+    from hypha.pki.inspection import names_in
+
+    certificate, authority = found.certificate, is_ca(found.certificate)
+    kind = "node" if not authority else "root CA" if is_self_signed(certificate) else "CA"
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     rows = {
-        "certificate": f"{inspected.subject} ({kind})",
-        "issuer": inspected.issuer,
-        "valid": f"{inspected.not_before:%Y-%m-%d} to {inspected.not_after:%Y-%m-%d}",
-        "PeerID": inspected.peer_id or "",
-        "roles": "" if inspected.is_ca else ", ".join(inspected.roles) or "none",
-        "may issue": ", ".join(inspected.may_issue or ()),
-        "names": ", ".join(inspected.names),
-        "serial": inspected.serial,
-        "sha256": inspected.fingerprint,
+        "certificate": f"{certificate.subject.rfc4514_string()} ({kind})",
+        "issuer": certificate.issuer.rfc4514_string(),
+        "valid": f"{begins:%Y-%m-%d} to {ends:%Y-%m-%d}",
+        "PeerID": found.peer_id or "",
+        "roles": "" if authority else ", ".join(sorted(found.roles)) or "none",
+        "may issue": ", ".join(sorted(found.may_issue or ())),
+        "names": ", ".join(names_in(certificate)),
+        "serial": f"{certificate.serial_number:x}",
+        "sha256": fingerprint(certificate),
     }
     for name, value in rows.items():
         if value:
             typer.echo(f"  {name:12} {value}")
-    for problem in inspected.problems:
+    for problem in found.problems:
         typer.echo(f"  PROBLEM      {problem}")
+    return found.problems
 
 
 def _made(made: MadeFiles) -> None:
-    from hypha.pki.inspection import describe
+    from hypha.pki.inspection import inspected
+    from hypha.pki.issuers import load_certificate
 
     for path in (made.cert, made.key, made.trust):
         if path is not None:
             typer.echo(f"wrote {path}")
-    peer_id = describe(made.cert).certificates[0].peer_id
+    peer_id = inspected(load_certificate(made.cert)).peer_id
     if peer_id is not None:
         typer.echo(f"PeerID {peer_id}")
 

@@ -13,10 +13,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from hypha.errors import AddressTaken, ConfigError, HyphaError
+from hypha.errors import AddressTaken, ConfigError, HyphaError, leaves
 from hypha.naming import legible, named
 
 if TYPE_CHECKING:
@@ -196,23 +196,15 @@ def _end_within(limit_s: float, code: int) -> None:
     timer.start()
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
-    for exc in group.exceptions:
-        if isinstance(exc, BaseExceptionGroup):
-            yield from _leaves(exc)
-        else:
-            yield exc
-
-
 def _one_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The error worth telling: a defect before an error of ours, the first of its kind."""
-    leaves = list(_leaves(group))
-    defects = [exc for exc in leaves if not isinstance(exc, HyphaError | KeyboardInterrupt)]
+    found = leaves(group)
+    defects = [exc for exc in found if not isinstance(exc, HyphaError | KeyboardInterrupt)]
     if defects:
         return group
-    ours = [exc for exc in leaves if isinstance(exc, HyphaError)]
+    ours = [exc for exc in found if isinstance(exc, HyphaError)]
     problems = [problem for exc in ours if isinstance(exc, ConfigError) for problem in exc.problems]
     if len(problems) > 1:
         passes = all(isinstance(exc, AddressTaken) for exc in ours)
         return AddressTaken(problems) if passes else ConfigError(problems)
-    return ours[0] if ours else leaves[0]
+    return ours[0] if ours else found[0]

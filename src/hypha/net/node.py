@@ -103,9 +103,9 @@ class Libp2pNode:
         self.roles_of = peers.roles_of
         self.organization_of = peers.organization_of
         self.disconnect = peers.close
-        self._streams = Streams(self._host, nursery)
-        self.set_stream_handler = self._streams.handle
         self._dialer = Dialer(self._swarm, self._security, self._book, self._peers, timings, nursery)
+        self._streams = Streams(self._host, nursery, self._dialer.connect)
+        self.set_stream_handler = self._streams.handle
         self._relay = RelayClient(self._host, self._streams)
         self._dialer.relay_client = self._relay
         self._gateways = Gateways(
@@ -115,13 +115,13 @@ class Libp2pNode:
         self.wait_connected = self._gateways.wait_connected
         self.gateway_changed = self._gateways.changed
         self._caps = caps = Caps(options.limits)
-        self._rpc = Rpc(self._streams, self._dialer.connect, nursery, tuning.connections)
+        self._rpc = Rpc(self._streams, nursery, tuning.connections)
         self.answer = self._rpc.answer
         others = self._gateways.linked if options.hop else None
         run = NodeRun(peer=self.peer_id, instance=self.instance)
         self._doubles = Doubles(run, self._peers, self._rpc.request, others, nursery)
         self._security.admit = self._doubles.admit
-        self._reports = Reports(self._streams, self._dialer.connect, nursery)
+        self._reports = Reports(self._streams, nursery)
         self.report, self.answer_reports = self._reports.report, self._reports.answer
         publishers = Publishers(options.identity, options.require_roles)
         self._gossip = Gossip(
@@ -277,9 +277,7 @@ class Libp2pNode:
         return self._gossip.mesh_size
 
     async def open_stream(self, peer: PeerRef | str, protocol: str) -> Any:
-        known = self._known(peer)
-        await self._dialer.connect(known)
-        return await self._streams.open(known, protocol)
+        return await self._streams.reach(self._known(peer), protocol)
 
     def _is_gateway(self, peer: str) -> bool:
         """Whether the certificate of a peer that is or was connected says that it is a gateway."""

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextma
 import trio
 
 from hypha.access import ROLES
-from hypha.errors import ConfigError, Problem
+from hypha.errors import ConfigError, Problem, leaves
 from hypha.net.libp2p.host import quiet_library
 from hypha.net.node import Libp2pNode
 from hypha.net.options import NodeOptions
@@ -115,15 +115,10 @@ def _unwrapped(failures: list[BaseException]) -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         for failure in failures:
-            if _leaves(group) == _leaves(failure):
+            parts = leaves(failure) if isinstance(failure, BaseExceptionGroup) else [failure]
+            if leaves(group) == parts:
                 raise failure from failure.__cause__
         raise
-
-
-def _leaves(exc: BaseException) -> list[BaseException]:
-    if isinstance(exc, BaseExceptionGroup):
-        return [leaf for one in exc.exceptions for leaf in _leaves(one)]
-    return [exc]
 
 
 @contextmanager
@@ -148,9 +143,7 @@ def shown(node: Libp2pNode) -> Iterator[None]:
 
 def _connections(node: Libp2pNode) -> list[Reading]:
     # kinds of which there are none are shown, too: a series that vanishes alarms nobody
-    count: Counter[tuple[str, str]] = Counter()
-    for one in node.connections():
-        count[one.direction, one.kind] += 1
+    count = Counter((one.direction, one.kind) for one in node.connections())
     return [
         ({"direction": direction, "way": way}, count[direction, way])
         for direction in ("inbound", "outbound")

@@ -5,29 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
-from hypha.config.tuning import LimitsConfig, TuningConfig
+from hypha.config.tuning import LimitsConfig, LivenessTuning, TuningConfig
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 
-@dataclass(frozen=True)
-class Timings:
-    """Seconds. The defaults are for production; tests shorten them."""
+class Timings(LivenessTuning):
+    """Seconds; with those that only tests shorten."""
 
-    #: a connection over which nothing came for this long is cut (it is probed before)
-    liveness_s: float = 10.0
-    #: one address is given this long
-    dial_s: float = 5.0
-    #: the relay is tried after this long, while direct addresses still hang
-    relay_after_s: float = 1.0
-    #: first and longest pause between attempts to reach a gateway; doubled each time, with jitter
-    reconnect_min_s: float = 0.5
-    reconnect_max_s: float = 30.0
     #: how often certificate, trust and revocation files are looked at
     identity_poll_s: float = 5.0
     #: how often a gateway asks the others about all nodes that it is connected with
     doubles_check_s: float = 60.0
-    #: one look-up of a dataset's providers
-    lookup_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +72,6 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
         identity = load_identity(
             IdentityFiles(config.cert_pem, config.key_pem, config.trust_pem, config.crls_pem)
         )
-    liveness = config.tuning.liveness
     gateways: tuple[str, ...] = ()
     limits = RelayLimits()
     if isinstance(config, (LeafConfig, GatewayConfig)):
@@ -107,14 +94,7 @@ def options_from(config: NodeConfig, component: str, identity: Identity | None =
         require_roles=config.require_roles,
         max_connections=config.max_connections,
         relay_limits=limits,
-        timings=Timings(
-            liveness_s=liveness.silence_s,
-            dial_s=liveness.dial_s,
-            relay_after_s=liveness.relay_after_s,
-            reconnect_min_s=liveness.reconnect_min_s,
-            reconnect_max_s=liveness.reconnect_max_s,
-            lookup_s=liveness.lookup_s,
-        ),
+        timings=Timings(**dict(config.tuning.liveness)),
         limits=config.limits,
         tuning=config.tuning,
     )

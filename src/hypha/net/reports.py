@@ -8,7 +8,7 @@ again; reports never wait for it, and never make the caller wait.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -48,11 +48,8 @@ _decoder = msgspec.msgpack.Decoder(list[Report])
 class Reports:
     """Sends reports in the background, and gives those that arrive to one handler."""
 
-    def __init__(
-        self, streams: Streams, connect: Callable[[str], Awaitable[None]], nursery: trio.Nursery
-    ) -> None:
+    def __init__(self, streams: Streams, nursery: trio.Nursery) -> None:
         self._streams = streams
-        self._connect = connect
         self._nursery = nursery
         self._waiting: dict[str, dict[_Key, Report]] = {}
         self._wakers: dict[str, trio.Event] = {}
@@ -101,8 +98,7 @@ class Reports:
                     reports = list(batch.values())
                     if stream is None:
                         with span(REPORT_STREAM, {"hypha.peer": peer}, kind=SpanKind.PRODUCER):
-                            await self._connect(peer)
-                            stream = await self._streams.open(peer, PROTOCOL)
+                            stream = await self._streams.reach(peer, PROTOCOL)
                             if reports:
                                 reports[0] = msgspec.structs.replace(reports[0], traceparent=traceparent())
                             await _send(stream, reports)
@@ -143,7 +139,7 @@ class Reports:
             first = True
             while True:
                 reports = decode(_decoder.decode, await read_frame(stream, MAX_BATCH_BYTES))
-                if self._why_not(caller) is not None:
+                if self._why_not(caller) is not None or (handler := self._handler) is None:
                     return  # its lease has ended meanwhile
                 if any(one.v != WIRE_VERSION for one in reports):
                     logger.warning("Refused reports of another version.", extra={"peer_id": caller})
@@ -153,9 +149,9 @@ class Reports:
                 if first and reports:
                     parent = reports[0].traceparent
                     with span(REPORT_STREAM, {"hypha.peer": caller}, kind=SpanKind.CONSUMER, parent=parent):
-                        self._hand_over(caller, reports)
+                        handler(caller, reports)
                 else:
-                    self._hand_over(caller, reports)
+                    handler(caller, reports)
                 first = False
         except (Undecodable, Oversized) as exc:
             logger.warning("Reports do not decode: %s", exc, extra={"peer_id": caller})
@@ -171,10 +167,6 @@ class Reports:
         if self._admits is not None and not self._admits(caller):
             return "it takes no part in a job here, or not any more"
         return None
-
-    def _hand_over(self, caller: str, reports: list[Report]) -> None:
-        if self._handler is not None:
-            self._handler(caller, reports)
 
 
 async def _send(stream: Any, reports: list[Report]) -> None:

@@ -117,16 +117,9 @@ class _Call:
 class Rpc:
     """Asks, and answers with the handlers given to :meth:`answer`."""
 
-    def __init__(
-        self,
-        streams: Streams,
-        connect: Callable[[str], Awaitable[None]],
-        nursery: trio.Nursery,
-        limits: ConnectionTuning,
-    ) -> None:
+    def __init__(self, streams: Streams, nursery: trio.Nursery, limits: ConnectionTuning) -> None:
         self._limits = limits
         self._streams = streams
-        self._connect = connect
         self._nursery = nursery
         self._handlers: dict[type, tuple[Handler, Allowed]] = {}
         self._inbound: Counter[str] = Counter()
@@ -188,7 +181,7 @@ class Rpc:
         call.done.set()
 
     async def _exchange(self, peer: str, payload: bytes) -> Response:
-        stream = await self._open(peer)
+        stream = await self._streams.reach(peer, PROTOCOL)
         try:
             async with reset_on_error(stream):
                 await stream.write(frame(payload))
@@ -205,15 +198,6 @@ class Rpc:
         if envelope.v != WIRE_VERSION:
             raise Refused("malformed", f"its answer has version {envelope.v}", peer)
         return envelope.body
-
-    async def _open(self, peer: str) -> Any:
-        await self._connect(peer)
-        try:
-            return await self._streams.open(peer, PROTOCOL)
-        except PeerUnreachable:
-            # the connection may have been a dead one; nothing was sent yet, so once more
-            await self._connect(peer)
-            return await self._streams.open(peer, PROTOCOL)
 
     def answer(self, kind: type[Any], handler: Handler) -> None:
         self._handlers[kind] = (handler, REQUESTS[kind].by)
@@ -246,46 +230,38 @@ class Rpc:
         return False
 
     async def _serve_one(self, stream: Any, caller: str, busy: bool) -> None:
-        held = 0
+        held, payload = 0, b""
+        answer: Response | None = None
         try:
-            with trio.move_on_after(READ_TIMEOUT_S) as reading:
-                payload, refusal = b"", None
+            with trio.fail_after(READ_TIMEOUT_S):
                 try:
                     size = await _read_length(stream, MAX_REQUEST_BYTES)
-                    if busy := busy or not self._may_hold(caller, size):
+                except Oversized as exc:
+                    answer = RefusedReply(code="too-large", reason=f"the request has {exc}")
+                else:
+                    if busy or not self._may_hold(caller, size):
                         # to the end, or the answer would be lost in a reset; how many it may open is bounded
                         await _drop(stream, size)
+                        answer = RefusedReply(
+                            code="busy", reason="too many requests at once; try again later"
+                        )
                     else:
                         self._held_bytes += size
                         held = size
                         payload = await read_exactly(stream, size)
-                except Oversized as exc:
-                    refusal = RefusedReply(code="too-large", reason=f"the request has {exc}")
-            if reading.cancelled_caught:
-                await discard(stream)
-                return
-            reply: Response
-            if refusal is not None:
-                reply = refusal
-            elif busy:
-                reply = RefusedReply(code="busy", reason="too many requests at once; try again later")
-            else:
-                answer: Response | None = None
+            if answer is None:
                 async with trio.open_nursery() as nursery:
                     # whoever gave up has reset the stream: nobody waits for the answer, and its place
                     # among the requests being served is needed by others
                     nursery.start_soon(_until_reset, stream, nursery.cancel_scope)
                     answer = await self._answer(caller, roles_behind(stream), payload)
                     nursery.cancel_scope.cancel()
-                if answer is None:
-                    await discard(stream)
-                    return
-                reply = answer
-            with trio.move_on_after(WRITE_TIMEOUT_S) as writing:
-                await self._reply(stream, reply)
-            if writing.cancelled_caught:
+            if answer is None:
                 await discard(stream)
-        except (*STREAM_ERRORS, EOFError) as exc:
+                return
+            with trio.fail_after(WRITE_TIMEOUT_S):
+                await self._reply(stream, answer)
+        except (*STREAM_ERRORS, EOFError, trio.TooSlowError) as exc:
             logger.debug("A request broke off: %r", exc, extra={"peer_id": caller})
             await discard(stream)
         finally:

@@ -14,6 +14,7 @@ as all of it writes the same few files, under the same rules.
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -44,7 +45,6 @@ from hypha.pki.certificates import (
 from hypha.pki.issuers import (
     Authority,
     CaFiles,
-    check_absent,
     digest_for,
     key_identifier_of,
     load_authority,
@@ -86,7 +86,7 @@ def make_root(
     key = Ed25519PrivateKey.generate()
     subject = _subject(name or f"{organization} Root CA", organization, country or "")
     builder = _builder(subject, key.public_key(), days, None)
-    return _written(made, key, _ca(builder, None).sign(key, None))
+    return _written(made, key, _constrained(builder, ca=True).sign(key, None))
 
 
 def make_org(
@@ -122,7 +122,7 @@ def make_org(
         limits = x509.SubjectAlternativeName(_uris(LIMIT_PREFIX, roles))
         # not critical: nodes of an older version and OpenSSL do not know it, and would refuse the whole CA
         builder = builder.add_extension(limits, critical=False)
-    certificate = sign(_ca(builder, 0), authority.key)
+    certificate = sign(_constrained(builder, ca=True, limit=0), authority.key)
     return _written(made, key, certificate, (certificate, *authority.bundle))
 
 
@@ -274,15 +274,9 @@ def _issue_node(
     names: Sequence[x509.GeneralName],
     days: int,
 ) -> x509.Certificate:
-    builder = (
-        _builder(subject, key, days, authority)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]),
-            critical=False,
-        )
-    )
+    usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    builder = _constrained(_builder(subject, key, days, authority), ca=False)
+    builder = builder.add_extension(usages, critical=False)
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
     return sign(builder, authority.key)
@@ -311,14 +305,10 @@ def _builder(
     return builder
 
 
-def _ca(builder: x509.CertificateBuilder, limit: int | None) -> x509.CertificateBuilder:
-    return builder.add_extension(
-        x509.BasicConstraints(ca=True, path_length=limit), critical=True
-    ).add_extension(_key_usage(ca=True), critical=True)
-
-
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
+def _constrained(
+    builder: x509.CertificateBuilder, *, ca: bool, limit: int | None = None
+) -> x509.CertificateBuilder:
+    usage = x509.KeyUsage(
         digital_signature=True,
         content_commitment=False,
         key_encipherment=False,
@@ -330,12 +320,17 @@ def _key_usage(*, ca: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
+    constraints = x509.BasicConstraints(ca=ca, path_length=limit)
+    return builder.add_extension(constraints, critical=True).add_extension(usage, critical=True)
 
 
 def _files(directory: Path, stem: str, advice: str, *, trust: bool = True) -> MadeFiles:
     """What is going to be written; IdentityError, with ``advice``, where any of it is there already."""
     cert, key, bundle = (directory / f"{stem}-{kind}.pem" for kind in ("cert", "key", "trust"))
-    check_absent([cert, key, bundle] if trust else [cert, key], advice)
+    if there := [
+        str(path) for path in ((cert, key, bundle) if trust else (cert, key)) if os.path.lexists(path)
+    ]:
+        raise IdentityError(f"{', '.join(there)}: already there, and nothing is overwritten; {advice}")
     return MadeFiles(cert, key, bundle if trust else None)
 
 

@@ -12,7 +12,6 @@ import ssl
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from itertools import islice
 
 import base58
@@ -228,14 +227,6 @@ class TrustRules:
     anchors: tuple[x509.Certificate, ...]
     crls: tuple[x509.CertificateRevocationList, ...] = ()
 
-    @cached_property
-    def _anchor_prints(self) -> frozenset[bytes]:
-        return frozenset(anchor.fingerprint(hashes.SHA256()) for anchor in self.anchors)
-
-    def is_anchor(self, certificate: x509.Certificate) -> bool:
-        """Whether the bundle itself holds this very certificate."""
-        return certificate.fingerprint(hashes.SHA256()) in self._anchor_prints
-
     def organization(self, path: Sequence[x509.Certificate]) -> str:
         """The organisation that vouches for the leaf of a ``path``, as :meth:`check` has returned it.
 
@@ -243,7 +234,7 @@ class TrustRules:
         Never that of the leaf, into which its CA writes what it likes, nor of anything above the bundle's
         CAs, which the peer may have made.
         """
-        last = max(depth for depth, one in enumerate(path) if depth and self.is_anchor(one))
+        last = max(depth for depth, one in enumerate(path) if depth and one in self.anchors)
         top = path[last]
         return organization_of(path[last - 1] if last > 1 and is_self_signed(top) else top)
 
@@ -278,7 +269,7 @@ class TrustRules:
         raise IdentityError(problem)
 
     def _path_problem(self, path: tuple[x509.Certificate, ...], now: datetime) -> str | None:
-        anchored = next((depth for depth, one in enumerate(path) if depth and self.is_anchor(one)), None)
+        anchored = next((depth for depth, one in enumerate(path) if depth and one in self.anchors), None)
         if anchored is None:
             return f"certificate {name_of(path[0])} chains to {name_of(path[-1])}, which is not trusted here"
         for depth, certificate in enumerate(path):
@@ -330,11 +321,10 @@ def _paths(
     tip = start[-1]
     extended = False
     if len(start) < MAX_PATH and not (len(start) > 1 and is_self_signed(tip)):
-        seen: set[bytes] = set()
+        seen: set[x509.Certificate] = set()
         for ca in candidates:
-            print_ = ca.fingerprint(hashes.SHA256())
-            if print_ not in seen and ca.subject == tip.issuer and ca not in start and issued_by(tip, ca):
-                seen.add(print_)
+            if ca not in seen and ca.subject == tip.issuer and ca not in start and issued_by(tip, ca):
+                seen.add(ca)
                 extended = True
                 yield from _paths((*start, ca), candidates)
     if not extended and len(start) > 1:

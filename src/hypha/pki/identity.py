@@ -71,9 +71,12 @@ class IdentityFiles:
 
 @dataclass(frozen=True)
 class Vouched:
-    """What an accepted certificate says of its peer, and its authorities vouch for."""
+    """What an accepted certificate says of its peer, and its authorities vouch for. ``name`` is its common
+    name, empty where it has none.
+    """
 
     peer_id: str
+    name: str
     roles: frozenset[str]
     organization: str
 
@@ -186,17 +189,18 @@ class Identity:
             # only CAs of a path that ended at an anchor are remembered, so strangers cannot fill this
             if len(self._learnt) < _MAX_LEARNT:
                 self._learnt.setdefault(ca.public_bytes(Encoding.DER), ca)
-        return Vouched(peer_id_of_key(key), roles_in(leaf), rules.organization(path))
+        name, roles = common_name_of(leaf), roles_in(leaf)
+        return Vouched(peer_id_of_key(key), name, roles, rules.organization(path))
 
-    def reload(self, force: bool = False) -> bool:
+    def reload(self) -> bool:
         """Read the files again if any of them changed; True if they did and are now in force.
 
         Raises IdentityError when they cannot be used: what was in force stays so, and files that stay
-        as broken as they are do not raise again, unless ``force``. A certificate with another key is
-        refused, because it is another PeerID.
+        as broken as they are do not raise again. A certificate with another key is refused, because it is
+        another PeerID.
         """
         stamps = _stamps(self.files)
-        if stamps == self._stamps and not force:
+        if stamps == self._stamps:
             return False
         self._stamps = stamps
         material = _load(self.files, bool(self._material.rules.crls))

@@ -120,11 +120,6 @@ def key_identifier_of(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
         return x509.AuthorityKeyIdentifier.from_issuer_public_key(ca.public_key())  # type: ignore[arg-type]
 
 
-def check_absent(paths: Sequence[Path], advice: str) -> None:
-    if there := [str(path) for path in paths if os.path.lexists(path)]:
-        raise IdentityError(f"{', '.join(there)}: already there, and nothing is overwritten; {advice}")
-
-
 def write_new(files: Sequence[tuple[Path, bytes, int]]) -> None:
     """Write ``(path, content, mode)`` each under its final name, or none of them."""
     made: list[Path] = []

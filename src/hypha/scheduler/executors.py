@@ -32,9 +32,8 @@ from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, ParticipantLost, Send
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.steering import Steering
-from hypha.tracing import span
+from hypha.tracing import Attribute, span
 from hypha.tracing.operations import DISPATCH
-from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,8 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.scheduler.status.round_traces import RoundTraces
-from hypha.tracing import span, trace_context
+from hypha.tracing import Attribute, span, trace_context
 from hypha.tracing.operations import PLAN
-from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,6 @@ Another sink is a class with the methods of :class:`~hypha.sinks.child.MetricSin
 """
 
 from hypha.sinks.interface import Destination, RoundValues, RunInfo
-from hypha.sinks.process import SinkProcess, close_all
+from hypha.sinks.process import SinkProcess
 
-__all__ = ["Destination", "RoundValues", "RunInfo", "SinkProcess", "close_all"]
+__all__ = ["Destination", "RoundValues", "RunInfo", "SinkProcess"]

@@ -20,7 +20,7 @@ import msgspec
 
 from hypha.config.environment import set_variable
 from hypha.errors import HyphaError
-from hypha.sinks.interface import Begin, Destination, Reply, RoundValues, RunInfo
+from hypha.sinks.interface import Begin, Destination, RoundValues, RunInfo
 
 #: a library that hangs for so long ends with the process: whoever waits has given up before, or was killed
 _LIMIT_S = 90
@@ -246,7 +246,7 @@ def serve(lines: BinaryIO, replies: BinaryIO) -> None:
     """Until ``lines`` ends. An error of the sink is a reply, and the caller's affair."""
 
     def answer(error: str) -> None:
-        replies.write(msgspec.json.encode(Reply(error)) + b"\n")
+        replies.write(msgspec.json.encode(error) + b"\n")
         replies.flush()
 
     first = lines.readline()

@@ -1,4 +1,6 @@
-"""What the scheduler tells the process of a metric sink, and what that replies."""
+"""What the scheduler tells the process of a metric sink, which replies to each with a JSON string: what went
+wrong, empty when it was done.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +53,3 @@ class Begin(Struct, frozen=True):
 
     destination: Destination
     run: RunInfo
-
-
-class Reply(Struct, frozen=True):
-    """What it says to each thing; ``error`` is empty when that was done."""
-
-    error: str = ""

@@ -29,7 +29,7 @@ from hypha.config.environment import variable
 from hypha.config.reading.log_filter import TRACE, LogFilter
 from hypha.naming import cleaned, legible, name_of, named
 from hypha.telemetry.instruments import LOG_ENTRIES
-from hypha.tracing.spans import current_operation
+from hypha.tracing import current_operation
 
 #: What every LogRecord has, so that the rest is what the caller gave with ``extra=``.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -121,33 +121,23 @@ class _StandardError(logging.Handler):
                 }
             )
             text = f"{self.format(lost)}\n{text}"
-        try:
-            _write_all(fd, f"{chr(10) if self._torn else ''}{text}\n".encode(errors="backslashreplace"))
-        except OSError as exc:
+        data = f"{chr(10) if self._torn else ''}{text}\n".encode(errors="backslashreplace")
+        if left := _unwritten(fd, data):
             self._lost += 1
-            self._torn = self._torn or isinstance(exc, _TornError)
+            self._torn = self._torn or left < len(data)
         else:
             self._lost, self._torn = 0, False
 
 
-class _TornError(OSError):
-    """A part of an entry has been written, the rest has not."""
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    """Write without waiting: whoever reads may have stopped. Raises OSError when it is not all written."""
+def _unwritten(fd: int, data: bytes) -> int:
+    """Write ``data`` without waiting, as whoever reads may have stopped; how many bytes were not written."""
     left = memoryview(data)
-    try:
-        while left:
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            if not poll.poll(0):
-                raise BlockingIOError("nobody reads it")
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    with contextlib.suppress(OSError):
+        while left and poll.poll(0):
             left = left[os.write(fd, left[:_PIECE_BYTES]) :]
-    except OSError as exc:
-        if len(left) < len(data):
-            raise _TornError(str(exc)) from exc
-        raise
+    return len(left)
 
 
 def unreadable(record: logging.LogRecord, exc: Exception) -> logging.LogRecord:
@@ -248,18 +238,13 @@ def current_span_ids() -> dict[str, str]:
     return {"trace_id": format(context.trace_id, "032x"), "span_id": format(context.span_id, "016x")}
 
 
-def configure_logging(
-    component: str,
-    levels: LogFilter,
-    style: Literal["json", "text"] = "json",
-    stream: TextIO | None = None,
-) -> None:
-    """Send all logs of this process to ``stream`` (standard error); earlier handlers are dropped."""
+def configure_logging(component: str, levels: LogFilter, style: Literal["json", "text"]) -> None:
+    """Send all logs of this process to standard error; earlier handlers are dropped."""
     logging.addLevelName(TRACE, "TRACE")
-    handler = _StandardError() if stream is None else logging.StreamHandler(stream)
+    handler = _StandardError()
     handler.addFilter(ContextFilter())
     handler.addFilter(_count)
-    text = TextFormatter(lambda: wants_colour(sys.stderr if stream is None else stream))
+    text = TextFormatter(lambda: wants_colour(sys.stderr))
     handler.setFormatter(JsonFormatter(component) if style == "json" else text)
     root = logging.getLogger()
     for old in root.handlers[:]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import trio
 
@@ -27,22 +28,23 @@ logger = logging.getLogger("hypha.telemetry")
 #: a share of processor time is measured over so many seconds at least
 LEAST_S = 0.5
 
-T = TypeVar("T")
+#: what is shown of a machine at one moment
+Shown = Mapping[Gauge, Sequence[Reading]]
 
 
-class Sampler(Generic[T]):
+class Sampler:
     """Has ``read`` called in a thread each time :meth:`latest` was asked; one call at a time."""
 
-    def __init__(self, read: Callable[[], T]) -> None:
+    def __init__(self, read: Callable[[], Shown]) -> None:
         self._read = read
         self._asked = trio.Event()
-        self._latest: T | None = None
+        self._latest: Shown = {}
         self._warned = False
 
-    def latest(self) -> T | None:
-        """The newest reading; None before the first one, and after one that failed."""
+    def latest(self, gauge: Gauge) -> Sequence[Reading]:
+        """Of the newest reading; nothing before the first one, and after one that failed."""
         self._asked.set()
-        return self._latest
+        return self._latest.get(gauge, ())
 
     async def run(self) -> None:
         """Read until cancelled; a reading that hangs does not hold that up."""
@@ -52,41 +54,44 @@ class Sampler(Generic[T]):
             try:
                 self._latest = await in_thread(self._read, abandon_on_cancel=True)
             except Exception as exc:  # noqa: BLE001 - whatever a driver raises must not end the node
-                self._latest = None
+                self._latest = {}
                 if not self._warned:
                     logger.warning("The machine's resources cannot be read: %r", exc)
                 self._warned = True
 
 
 @contextlib.asynccontextmanager
-async def _sampling(read: Callable[[], T]) -> AsyncIterator[Sampler[T]]:
+async def _sampling(read: Callable[[], Shown], *gauges: Gauge) -> AsyncIterator[None]:
+    """Have ``gauges`` show what ``read`` reads meanwhile."""
     sampler = Sampler(read)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(sampler.run)
-        yield sampler
+        with contextlib.ExitStack() as stack:
+            for gauge in gauges:
+                stack.enter_context(gauge.watch(partial(sampler.latest, gauge)))
+            yield
         nursery.cancel_scope.cancel()
 
 
 # --- disks ---------------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def watch_disks(places: Mapping[str, Iterable[Path]]) -> AsyncIterator[None]:
+def watch_disks(places: Mapping[str, Iterable[Path]]) -> AbstractAsyncContextManager[None]:
     """Show the free space of ``places`` (``work_dir``, ``state_dir``, ``datasets``) meanwhile; of several
     directories that of the fullest.
     """
     directories = {place: tuple(paths) for place, paths in places.items()}
 
-    def read() -> dict[str, int]:
+    def read() -> Shown:
         return {
-            place: min(free_bytes(path) for path in paths) for place, paths in directories.items() if paths
+            metrics.DISK_FREE: [
+                ({"place": place}, min(map(free_bytes, paths)))
+                for place, paths in directories.items()
+                if paths
+            ]
         }
 
-    async with _sampling(read) as sampler:
-        with metrics.DISK_FREE.watch(
-            lambda: [({"place": place}, free) for place, free in (sampler.latest() or {}).items()]
-        ):
-            yield
+    return _sampling(read, metrics.DISK_FREE)
 
 
 # --- this process --------------------------------------------------------------------------------------
@@ -139,42 +144,54 @@ class GpuReading:
     model: str = ""
 
 
-@dataclass(frozen=True)
-class MachineReading:
-    """``cpu`` is the share of all cores since the last reading, ``executor_bytes`` what process groups of
-    each kind hold.
-    """
+def watch_machine(groups: Callable[[], Mapping[int, str]]) -> AbstractAsyncContextManager[None]:
+    """Show the machine, and the executors in ``groups``, meanwhile: leading process -> kind."""
+    return _sampling(
+        _Machine(groups).read,
+        metrics.CPU_UTILIZATION,
+        metrics.SYSTEM_CPU,
+        metrics.MEMORY_USED,
+        metrics.SYSTEM_MEMORY,
+        metrics.EXECUTOR_MEMORY,
+        metrics.GPU_UTILIZATION,
+        metrics.GPU_MEMORY_USED,
+        metrics.HW_GPU_UTILIZATION,
+        metrics.HW_GPU_MEMORY,
+    )
 
-    cpu: float
-    used_bytes: int
-    free_bytes: int
-    executor_bytes: Mapping[str, int] = field(default_factory=dict)
-    gpus: tuple[GpuReading, ...] = ()
 
-
-class MachineReader:
-    """Reads the machine. ``groups`` gives the leading processes of executors, and their kinds. Blocks."""
-
+class _Machine:
     def __init__(self, groups: Callable[[], Mapping[int, str]]) -> None:
         self._groups = groups
         self._gpus = _Gpus()
         self._before: Any = None
 
-    def __call__(self) -> MachineReading:
+    def read(self) -> Shown:
+        """The share of all cores since the last reading, and what there is now. Blocks."""
         import psutil
 
         memory, times = psutil.virtual_memory(), psutil.cpu_times()
         before, self._before = self._before, times
+        cpu, used = _busy_share(before, times), memory.total - memory.available
         held: dict[str, int] = dict.fromkeys(("train", "aggregate"), 0)
         for leader, kind in self._groups().items():
             held[kind] = held.get(kind, 0) + _resident(psutil, leader)
-        return MachineReading(
-            cpu=_busy_share(before, times),
-            used_bytes=memory.total - memory.available,
-            free_bytes=memory.available,
-            executor_bytes=held,
-            gpus=self._gpus.read(),
-        )
+        gpus = self._gpus.read()
+        # ours count GPUs, OpenTelemetry's name them as their driver does
+        return {
+            metrics.CPU_UTILIZATION: [({}, cpu)],
+            metrics.SYSTEM_CPU: [({}, cpu)],
+            metrics.MEMORY_USED: [({}, used)],
+            metrics.SYSTEM_MEMORY: [
+                ({"system.memory.state": "used"}, used),
+                ({"system.memory.state": "free"}, memory.available),
+            ],
+            metrics.EXECUTOR_MEMORY: [({"kind": kind}, size) for kind, size in held.items()],
+            metrics.GPU_UTILIZATION: [({"gpu": gpu.index}, gpu.utilization) for gpu in gpus],
+            metrics.GPU_MEMORY_USED: [({"gpu": gpu.index}, gpu.used_bytes) for gpu in gpus],
+            metrics.HW_GPU_UTILIZATION: [({"hw.id": gpu.identifier}, gpu.utilization) for gpu in gpus],
+            metrics.HW_GPU_MEMORY: [({"hw.id": gpu.identifier}, gpu.used_bytes) for gpu in gpus],
+        }
 
 
 def _busy_share(before: Any, now: Any) -> float:
@@ -190,22 +207,13 @@ def _busy_share(before: Any, now: Any) -> float:
 
 def _resident(psutil: Any, leader: int) -> int:
     """Bytes that ``leader`` and its descendants hold."""
-    held, left = 0, [leader]
-    while left:
-        with contextlib.suppress(psutil.Error, OSError):
-            process = psutil.Process(left.pop())
-            left += _children(process)
-            held += process.memory_info().rss
+    held = 0
+    with contextlib.suppress(psutil.Error):
+        first = psutil.Process(leader)
+        for process in (first, *first.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                held += process.memory_info().rss
     return held
-
-
-def _children(process: Any) -> list[int]:
-    """Linux says whose children those of each thread are; elsewhere every process is looked at."""
-    try:
-        threads = list(Path(f"/proc/{process.pid}/task").iterdir())
-        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-    except FileNotFoundError:
-        return [child.pid for child in process.children()]
 
 
 class _Gpus:
@@ -249,39 +257,3 @@ class _Gpus:
 def read_gpus() -> tuple[GpuReading, ...]:
     """This machine's GPUs now; blocks for a moment."""
     return _Gpus().read()
-
-
-@contextlib.asynccontextmanager
-async def watch_machine(groups: Callable[[], Mapping[int, str]]) -> AsyncIterator[None]:
-    """Show the machine, and the executors in ``groups``, meanwhile: leading process -> kind."""
-    async with _sampling(MachineReader(groups)) as sampler:
-
-        def read(of: Callable[[MachineReading], Iterable[Reading]]) -> Iterable[Reading]:
-            reading = sampler.latest()
-            return [] if reading is None else of(reading)
-
-        with contextlib.ExitStack() as stack:
-            for gauge, of in _SHOWN.items():
-                stack.enter_context(gauge.watch(partial(read, of)))
-            yield
-
-
-#: ours count GPUs, OpenTelemetry's name them as their driver does
-_SHOWN: Mapping[Gauge, Callable[[MachineReading], Iterable[Reading]]] = {
-    metrics.CPU_UTILIZATION: lambda now: [({}, now.cpu)],
-    metrics.SYSTEM_CPU: lambda now: [({}, now.cpu)],
-    metrics.MEMORY_USED: lambda now: [({}, now.used_bytes)],
-    metrics.SYSTEM_MEMORY: lambda now: [
-        ({"system.memory.state": "used"}, now.used_bytes),
-        ({"system.memory.state": "free"}, now.free_bytes),
-    ],
-    metrics.EXECUTOR_MEMORY: lambda now: [
-        ({"kind": kind}, held) for kind, held in now.executor_bytes.items()
-    ],
-    metrics.GPU_UTILIZATION: lambda now: [({"gpu": gpu.index}, gpu.utilization) for gpu in now.gpus],
-    metrics.GPU_MEMORY_USED: lambda now: [({"gpu": gpu.index}, gpu.used_bytes) for gpu in now.gpus],
-    metrics.HW_GPU_UTILIZATION: lambda now: [
-        ({"hw.id": gpu.identifier}, gpu.utilization) for gpu in now.gpus
-    ],
-    metrics.HW_GPU_MEMORY: lambda now: [({"hw.id": gpu.identifier}, gpu.used_bytes) for gpu in now.gpus],
-}

@@ -14,7 +14,7 @@ from hypha.messages import FinishedSpan
 from hypha.telemetry.metrics import sample
 
 if TYPE_CHECKING:
-    from hypha.telemetry.sdk import Exposition, Telemetry
+    from hypha.telemetry.sdk import Telemetry
 
 #: seconds between two readings of the gauges: a third of those between two exports, within these bounds
 LEAST_SAMPLE_S, MOST_SAMPLE_S = 1.0, 5.0
@@ -43,10 +43,20 @@ def telemetry(settings: TelemetrySettings) -> Iterator[None]:
         started.close()
 
 
-def exposition() -> Exposition | None:
-    """What Prometheus may ask this process for; ``None`` where metrics are off."""
+def exposition() -> Callable[[str], tuple[bytes, str]] | None:
+    """Gives the metrics as Prometheus asks for them: of the kind that a header ``accept`` says, the body and
+    its content type. Blocks for some milliseconds. ``None`` where metrics are off.
+    """
     started = _started.get()
-    return None if started is None else started.exposition
+    if started is None or (registry := started.scraped) is None:
+        return None
+    from prometheus_client.exposition import choose_encoder
+
+    def write(accept: str) -> tuple[bytes, str]:
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
+
+    return write
 
 
 def emit_spans() -> Callable[[Sequence[FinishedSpan]], None] | None:

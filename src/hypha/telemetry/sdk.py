@@ -33,14 +33,13 @@ from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from hypha.config.otel import Signal, TelemetrySettings, shown_endpoint
 from hypha.messages import FinishedSpan
 from hypha.telemetry import metrics
 from hypha.telemetry.instruments import EXPORT_FAILURES
 from hypha.telemetry.logs import ContextFilter, unreadable
-from hypha.tracing.spans import MAX_TEXT, chosen_identifiers, context_of
+from hypha.tracing import MAX_TEXT, chosen_identifiers, span_context_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,24 +141,6 @@ class _Watched:
 # --- what is exported -----------------------------------------------------------------------------------
 
 
-class Exposition:
-    """Metrics as Prometheus asks for them: ``reader`` belongs to a meter provider; :meth:`write` is what it
-    read, as text.
-    """
-
-    def __init__(self) -> None:
-        # one of our own: libraries count in the default one
-        self._registry = CollectorRegistry()
-        self.reader = PrometheusMetricReader(scope_info_enabled=False, registry=self._registry)
-
-    def write(self, accept: str) -> tuple[bytes, str]:
-        """The body and its content type, of the kind that the header ``accept`` asks for. Blocks for some
-        milliseconds.
-        """
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
-
-
 class ExecutorSpanExport:
     """Gives spans of executors to ``processor``: they have no collector, and no secret of one. The service is
     ``hypha-executor``; all else of the ``resource`` is the worker's.
@@ -173,14 +154,10 @@ class ExecutorSpanExport:
     def emit(self, spans: Sequence[FinishedSpan]) -> None:
         """Export ``spans``; never blocks. One whose identifiers are none is left out."""
         for one in spans:
-            if (found := self._readable(one)) is not None:
-                self._processor.on_end(found)
+            if (context := _context(one.trace_id, one.span_id)) is not None:
+                self._processor.on_end(self._readable(one, context))
 
-    def _readable(self, one: FinishedSpan) -> ReadableSpan | None:
-        context = _context(one.trace_id, one.span_id)
-        if context is None:
-            return None
-        links = [trace.get_current_span(context_of(text)).get_span_context() for text in one.links]
+    def _readable(self, one: FinishedSpan, context: SpanContext) -> ReadableSpan:
         return ReadableSpan(
             name=one.name,
             context=context,
@@ -188,7 +165,7 @@ class ExecutorSpanExport:
             resource=self._resource,
             attributes=one.attributes,
             events=[Event(event.name, event.attributes, event.time_ns) for event in one.events],
-            links=[Link(link) for link in links if link.is_valid],
+            links=[Link(link) for text in one.links if (link := span_context_of(text)) is not None],
             kind=SpanKind[one.kind.upper()],
             status=Status(StatusCode[one.status.upper()], one.error or None),
             start_time=one.start_ns,
@@ -206,7 +183,7 @@ def _context(trace_id: str, span_id: str) -> SpanContext | None:
 
 
 class Identifiers(RandomIdGenerator):
-    """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing.spans`)."""
+    """Random ones, unless whoever starts the span has chosen them (:mod:`hypha.tracing`)."""
 
     def generate_trace_id(self) -> int:
         chosen = chosen_identifiers()
@@ -231,16 +208,16 @@ class _Exporting(LoggingHandler):
 
 
 class Telemetry:
-    """What was started; :meth:`close` it. ``exposition`` gives the metrics to whoever scrapes them.
-
-    A process has one at a time; its tracer provider stays OpenTelemetry's global one for good.
+    """What was started; :meth:`close` it. A process has one at a time; its tracer provider stays
+    OpenTelemetry's global one for good.
     """
 
     def __init__(self, settings: TelemetrySettings) -> None:
         resource = Resource.create(dict(settings.attributes))
         self._closers: list[Callable[[], object]] = []
         self._handler: logging.Handler | None = None
-        self.exposition: Exposition | None = None
+        #: the metrics that Prometheus may ask for, where they are on
+        self.scraped: CollectorRegistry | None = None
         #: exports spans of executors, where traces are sent
         self.executor_spans: ExecutorSpanExport | None = None
         if settings.traces is not None:
@@ -271,8 +248,9 @@ class Telemetry:
                 PeriodicExportingMetricReader(exporter, settings.interval_s * 1000, EXPORT_S * 1000)
             )
         if settings.scraped:
-            self.exposition = Exposition()
-            readers.append(self.exposition.reader)
+            # one of our own: libraries count in the default one
+            self.scraped = CollectorRegistry()
+            readers.append(PrometheusMetricReader(scope_info_enabled=False, registry=self.scraped))
         provider = MeterProvider(readers, resource, shutdown_on_exit=False)
         metrics.bind(provider.get_meter("hypha"))
         self._closers.append(provider.shutdown)

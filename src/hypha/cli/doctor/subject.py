@@ -20,7 +20,8 @@ from hypha.config.reading.loading import load_config
 from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
-from hypha.pki.inspection import InspectedCertificate, describe
+from hypha.pki.inspection import InspectedCertificate, inspected
+from hypha.pki.issuers import load_certificate
 
 
 class _JobFile(Section):
@@ -94,8 +95,8 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
 def own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
     """Whether it is good or not; None where there is none."""
     try:
-        return describe(files.cert).certificates[0]
-    except (IdentityError, IndexError):
+        return inspected(load_certificate(files.cert))
+    except IdentityError:
         return None
 
 

@@ -36,7 +36,7 @@ from hypha.scheduler.status.snapshot import LogLine
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.http.hosts import is_loopback
 from hypha.telemetry.logs import level_name
-from hypha.telemetry.page import Access, Message, PageFeed, page_routes, token_in
+from hypha.telemetry.page import Message, PageFeed, page_routes, token_in
 
 #: who looks at the page is told how the job ended within
 _LAST_NEWS_S = 0.3
@@ -105,7 +105,7 @@ async def serve_page(address: str, directory: Path, job: Job, page: JobPage) -> 
     if not is_loopback(address):
         token, file = await in_thread(token_in, directory)
     feed = PageFeed(page.begin)
-    routes = await in_thread(page_routes, feed, page.status, Access(token))
+    routes = await in_thread(page_routes, feed, page.status, token)
     async with trio.open_nursery() as nursery:
         try:
             async with trio.open_nursery() as work:

@@ -23,9 +23,8 @@ from hypha.rules.manifests import manifest_hash
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import SERVE_DURATION, SERVED_BYTES, SLICE_REQUESTS
 from hypha.telemetry.metrics import OTHER
-from hypha.tracing import failed, start_span
+from hypha.tracing import Attribute, failed, start_span
 from hypha.tracing.operations import SERVE_SLICE
-from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger("hypha.data")
 

@@ -24,9 +24,8 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, Statu
 
 from hypha.errors import HyphaError, Refused
 from hypha.messages import MAX_SPANS_A_CALL, FinishedSpan, Job, SpanAttribute, SpanEvent
-from hypha.tracing import round_traceparent, span
+from hypha.tracing import Attribute, round_traceparent, span
 from hypha.tracing.operations import Operation
-from hypha.tracing.spans import Attribute
 
 #: Spans that wait to be posted; beyond that new ones are dropped.
 MAX_WAITING = 2048

@@ -19,9 +19,8 @@ from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.inbound import Inbound
 from hypha.net.bulk.wire import ConnectionBroken
 from hypha.telemetry.instruments import TRANSFER_BYTES, TRANSFER_DURATION
-from hypha.tracing import event, failed, span
+from hypha.tracing import Attribute, event, failed, span
 from hypha.tracing.operations import RECEIVE_FILE, SEND_FILE
-from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger(__name__)
 

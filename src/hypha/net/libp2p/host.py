@@ -32,6 +32,7 @@ from libp2p.exceptions import ParseError
 from libp2p.host import basic_host
 from libp2p.identity.identify_push.identify_push import ID_PUSH, update_peerstore_from_identify
 from libp2p.io.exceptions import IOException
+from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.peer.id import ID
 from libp2p.peer.peerdata import PeerData
@@ -61,16 +62,10 @@ MAX_PROTOCOLS = 128
 MAX_WORD_BYTES = 64 << 10
 
 
-class _NoAutoConnector:
-    """Stands where the library keeps a task that dials peers by itself."""
+class _NoAutoConnector(AutoConnector):  # type: ignore[misc]
+    """One that never starts: it would dial whomever identify ever told of, hundreds at a time."""
 
     async def start(self) -> None: ...
-
-    async def stop(self) -> None: ...
-
-    async def run_background_task(self, nursery: trio.Nursery) -> None: ...
-
-    async def maybe_connect(self) -> None: ...
 
     def record_disconnect(self, peer_id: ID) -> None: ...
 
@@ -112,8 +107,7 @@ def make_host(security: MutualTls, port: SharedPortTcp, max_connections: int, id
     host.multiselect.remove_handler(ID_PUSH)
     if not identify:
         host._should_identify_peer = lambda peer_id: False
-    # it would dial whomever identify ever told of, hundreds at a time
-    swarm.auto_connector = _NoAutoConnector()
+    swarm.auto_connector = _NoAutoConnector(swarm)
     return host
 
 

@@ -24,7 +24,7 @@ from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.errors import IdentityError
 from hypha.naming import learn
-from hypha.net.libp2p.shared_port import TELL_AGAIN_S, level_of, take_place
+from hypha.net.libp2p.shared_port import TELL_AGAIN_S, arrival_of
 from hypha.net.libp2p.tls_connection import (
     INSTANCE_SUFFIX,
     RECEIVE_BYTES,
@@ -75,9 +75,11 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         max_streams: int = MAX_INBOUND_STREAMS,
     ) -> None:
         self._identity = identity
-        self._max_streams = max_streams
+        #: streams that a peer may have open here at once, on one connection
+        self.max_streams = max_streams
         self._require_roles = require_roles
         self._over_limit = OverLimit()
+        #: what all connections of this node may take together
         self.budget = InboundBudget()
         self._asked_name = None if instance is None else instance + INSTANCE_SUFFIX
         #: asked about each peer that has dialled and is let in otherwise
@@ -172,9 +174,7 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
                 await _turn_away(raw, tls, outgoing, Refusal(CERTIFICATE, exc.problems[0].message))
             raise
         session = TlsSession(tls, incoming, outgoing)
-        connection = TlsConnection(raw, session, self.key_pair, certificate, vouched)
-        connection.budget = self.budget
-        connection.max_streams = self._max_streams
+        connection = TlsConnection(raw, session, self, certificate, vouched)
         learn(str(connection.get_remote_peer()), connection.name)
         if expected is not None and connection.get_remote_peer() != expected:
             raise OtherPeer(
@@ -190,17 +190,21 @@ class MutualTls(ISecureTransport):  # type: ignore[misc]
         if server and self.admit is not None and (unwanted := await self.admit(connection)) is not None:
             await _turn_away(raw, tls, outgoing, unwanted)
             raise NotAdmitted(unwanted.code)
-        if server and (crowded := take_place(raw, connection.get_remote_peer())) is not None:
+        if (arrival := arrival_of(raw)) is None:
+            return connection
+        if (crowded := arrival.places.authenticate(arrival, str(connection.get_remote_peer()))) is not None:
             await _turn_away(raw, tls, outgoing, Refusal(BUSY, crowded))
             raise NoPlace(crowded)
         return connection
 
     def _level_of(self, raw: IRawConnection, who: str, exc: BaseException) -> int:
-        """What this node dials again and again is a warning once a minute, as what dials it is."""
-        failure = failure_of(exc)
-        if self._over_limit.is_first(who, failure, TELL_AGAIN_S):
-            return level_of(raw, failure)
-        return logging.DEBUG
+        """A warning once a minute of each way to fail: this node dials again and again, and anybody may dial
+        it from one address without end.
+        """
+        arrival = arrival_of(raw)
+        who = who if arrival is None else arrival.source
+        is_first = self._over_limit.is_first(who, failure_of(exc), TELL_AGAIN_S)
+        return logging.WARNING if is_first else logging.DEBUG
 
 
 async def _turn_away(

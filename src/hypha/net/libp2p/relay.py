@@ -40,7 +40,6 @@ from hypha.net.libp2p.protobuf_messages import (
     traceparent_of,
 )
 from hypha.net.libp2p.streams import STREAM_ERRORS, Streams, discard, reset_on_error
-from hypha.net.libp2p.yamux import narrow
 from hypha.net.options import RelayLimits
 from hypha.net.peers.inbound_limits import OverLimit, less
 from hypha.net.peers.table import is_relayed
@@ -275,7 +274,7 @@ class RelayHop:
             logger.debug("Relaying to %s.", target, extra={"peer_id": caller})
             if (window_bytes := self._caps.window_bytes) is not None:
                 for one in (stream, onward):
-                    narrow(one.muxed_stream, window_bytes)
+                    one.muxed_stream.narrow(window_bytes)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_pump, stream, onward, self._caps, nursery.cancel_scope)
                 nursery.start_soon(_pump, onward, stream, self._caps, nursery.cancel_scope)

@@ -17,7 +17,6 @@ from typing import Any
 import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.peer.id import ID
 from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from libp2p.utils.multiaddr_utils import multiaddr_from_socket
@@ -94,17 +93,11 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
     why it cannot listen: the library says only that it could not.
     """
 
-    def __init__(self, handler: Callable[[TrioTCPStream], Awaitable[None]], port: SharedPortTcp) -> None:
+    def __init__(self, handler: Callable[[trio.SocketStream], Awaitable[None]], port: SharedPortTcp) -> None:
         super().__init__(handler)
         self._port = port
 
     async def listen(self, maddr: Multiaddr) -> None:
-        async def handle(stream: trio.SocketStream) -> None:
-            try:
-                await self.handler(TrioTCPStream(stream))
-            except Exception:  # the edge of a connection: the listener is there for the others
-                logger.exception("An incoming connection failed.")
-
         address = parse(str(maddr))
         host, port = host_and_port(address.transport)
         try:
@@ -117,7 +110,7 @@ class _OwnPortListener(TCPListener):  # type: ignore[misc]
         async with self._lifecycle_lock:
             if self._nursery is None:
                 await self._spawn_background_task()
-            await self._nursery.start(trio.serve_listeners, handle, opened)
+            await self._nursery.start(trio.serve_listeners, self.handler, opened)
             self.listeners.extend(opened)
 
     def get_addrs(self) -> tuple[Multiaddr, ...]:
@@ -156,24 +149,32 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
         self._counts.hand_over()
 
     def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> TCPListener:
-        async def accept(stream: TrioTCPStream) -> None:
-            host = _host_of(stream.stream.socket)
-            if host is None:
-                return
-            with trio.CancelScope() as scope:
-                arrival = self.arrivals.arrive(host, scope.cancel)
-                if arrival is None:
-                    self._note_refused(host, "others that have shown no certificate yet have all places")
-                    return  # the listener closes what its handler leaves
-                try:
-                    await self._dispatch(stream, arrival, handler_function)
-                finally:
-                    self.arrivals.leave(arrival)
-            if scope.cancelled_caught:
-                late = "" if arrival is not None and arrival.peer else "it took too long, and "
-                self._note_refused(host, f"{late}its place was needed")
+        async def accept(stream: trio.SocketStream) -> None:
+            try:
+                await self._accept(stream, handler_function)
+            except Exception:  # the edge of a connection: the listener is there for the others
+                logger.exception("An incoming connection failed.")
 
         return _OwnPortListener(accept, self)
+
+    async def _accept(self, stream: trio.SocketStream, serve: Callable[[Any], Awaitable[None]]) -> None:
+        """Serve a connection, by ``serve`` where it is for libp2p; the listener closes what is left."""
+        try:
+            host = str(stream.socket.getpeername()[0])
+        except OSError:
+            return  # who dialled has gone already
+        with trio.CancelScope() as scope:
+            arrival = self.arrivals.arrive(host, scope.cancel)
+            if arrival is None:
+                self._note_refused(host, "others that have shown no certificate yet have all places")
+                return
+            try:
+                await self._dispatch(stream, arrival, serve)
+            finally:
+                self.arrivals.leave(arrival)
+        if scope.cancelled_caught:
+            late = "" if arrival is not None and arrival.peer else "it took too long, and "
+            self._note_refused(host, f"{late}its place was needed")
 
     def _note_refused(self, host: str, why: str) -> None:
         CONNECTIONS_FAILED.add(direction="inbound", reason="limit")
@@ -183,12 +184,9 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             )
 
     async def _dispatch(
-        self,
-        stream: TrioTCPStream,
-        arrival: InboundConnection,
-        libp2p_handler: Callable[[Any], Awaitable[None]],
+        self, stream: trio.SocketStream, arrival: InboundConnection, serve: Callable[[Any], Awaitable[None]]
     ) -> None:
-        connection = stream.stream.socket
+        connection = stream.socket
         first = b""
         with trio.move_on_after(FIRST_BYTE_TIMEOUT_S):
             try:
@@ -197,7 +195,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                 return
         if first == MULTISTREAM:
             logger.debug("A connection for libp2p arrived.")
-            await self._serve_libp2p(stream, arrival, libp2p_handler)
+            await self._serve_libp2p(stream, arrival, serve)
         elif first == TLS_CLIENT_HELLO and self.serve_bulk is not None:
             logger.debug("A connection for the bulk plane arrived.")
             arrival.cut = None  # its thread would go on: it has a deadline of its own
@@ -210,21 +208,18 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
             )
 
     async def _serve_libp2p(
-        self,
-        stream: TrioTCPStream,
-        arrival: InboundConnection,
-        libp2p_handler: Callable[[Any], Awaitable[None]],
+        self, stream: trio.SocketStream, arrival: InboundConnection, serve: Callable[[Any], Awaitable[None]]
     ) -> None:
         # The library's handler waits for the end of the whole swarm and keeps one of its inbound slots
         # until then: a long-lived gateway would run out of them. It is ended with its connection.
-        watched = WatchedStream(stream.stream, self._streams, self._counts, arrival)
+        watched = WatchedStream(stream, self._streams, self._counts, arrival)
         async with trio.open_nursery() as nursery:
 
-            async def serve() -> None:
-                await libp2p_handler(watched)
+            async def serve_watched() -> None:
+                await serve(watched)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(serve)
+            nursery.start_soon(serve_watched)
             try:
                 await watched.closed.wait()
             finally:
@@ -244,31 +239,7 @@ class SharedPortTcp(TCP):  # type: ignore[misc]
                     blocking.close()
 
 
-def _host_of(sock: trio.socket.SocketType) -> str | None:
-    """The address of who dialled; None when it has gone already."""
-    try:
-        return str(sock.getpeername()[0])
-    except OSError:
-        return None
-
-
-def _arrival_of(raw: Any) -> InboundConnection | None:
+def arrival_of(raw: Any) -> InboundConnection | None:
     """None of what was dialled here, and of circuits, which are counted by their relays."""
     stream = getattr(raw, "stream", None)
     return stream.arrival if isinstance(stream, WatchedStream) else None
-
-
-def take_place(raw: Any, peer: ID) -> str | None:
-    """Give a connection that was dialled directly its place among those of known peers, or say why not."""
-    arrival = _arrival_of(raw)
-    return None if arrival is None else arrival.places.authenticate(arrival, str(peer))
-
-
-def level_of(raw: Any, failure: str) -> int:
-    """At which level a failed handshake is logged: one an address and kind of failure within a minute is a
-    warning, as anybody may have them fail without end.
-    """
-    arrival = _arrival_of(raw)
-    if arrival is None or arrival.places.over_limit.is_first(arrival.source, failure, TELL_AGAIN_S):
-        return logging.WARNING
-    return logging.DEBUG

@@ -117,11 +117,12 @@ class _Opening:
 
 
 class Streams:
-    """Opens streams to *connected* peers and serves those that arrive."""
+    """Opens streams to peers and serves those that arrive. ``connect`` has a peer connected."""
 
-    def __init__(self, host: Any, nursery: trio.Nursery) -> None:
+    def __init__(self, host: Any, nursery: trio.Nursery, connect: Callable[[str], Awaitable[None]]) -> None:
         self._host = host
         self._nursery = nursery
+        self._connect = connect
         self._over_limit = OverLimit()
 
     def say_refused(self, caller: str, what: str, allowed: Allowed, has: frozenset[str]) -> None:
@@ -158,6 +159,16 @@ class Streams:
                 await discard(stream)
 
         self._host.set_stream_handler(TProtocol(protocol), serve)
+
+    async def reach(self, peer: str, protocol: str) -> Any:
+        """A stream to a peer, connected or not; PeerUnreachable when it cannot be opened."""
+        await self._connect(peer)
+        try:
+            return await self.open(peer, protocol)
+        except PeerUnreachable:
+            # the connection may have been a dead one; nothing was sent yet, so once more
+            await self._connect(peer)
+            return await self.open(peer, protocol)
 
     async def open(self, peer: str, protocol: str) -> Any:
         """A stream to a connected peer; PeerUnreachable when it cannot be opened."""

@@ -5,35 +5,27 @@
 
 from __future__ import annotations
 
-import logging
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ed25519
 from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.crypto.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from libp2p.crypto.keys import KeyPair
+from libp2p.crypto.ed25519 import Ed25519PrivateKey
+from libp2p.crypto.keys import PublicKey
 from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.peer.id import ID
-from libp2p.security.exceptions import HandshakeFailure
 
 from hypha.naming import cleaned
-from hypha.net.libp2p.yamux import MAX_INBOUND_STREAMS
-from hypha.net.peers.inbound_limits import InboundBudget
 from hypha.net.peers.reasons import TurnedAway, refusal_in
-from hypha.pki.certificates import common_name_of, parse_der
 from hypha.pki.contexts import asked_name_of
 
 if TYPE_CHECKING:
     from multiaddr import Multiaddr
 
+    from hypha.net.libp2p.mutual_tls import MutualTls
     from hypha.pki.identity import Vouched
-
-logger = logging.getLogger(__name__)
 
 #: How a node's number is written into the name that it asks for in the handshake.
 INSTANCE_SUFFIX = ".instance.hypha"
@@ -41,6 +33,8 @@ INSTANCE_SUFFIX = ".instance.hypha"
 WRITE_STALL_S = 30.0
 #: Ciphertext per receive: 4 KiB reads, as the library's own TLS does them, halve the throughput.
 RECEIVE_BYTES = 256 * 1024
+#: Plaintext of one record of TLS, at most.
+RECORD_BYTES = 16 * 1024
 
 
 async def close_at_once(raw: IRawConnection) -> None:
@@ -73,7 +67,7 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         self,
         raw: IRawConnection,
         session: TlsSession,
-        key_pair: KeyPair,
+        security: MutualTls,
         certificate: bytes,
         vouched: Vouched,
     ) -> None:
@@ -81,29 +75,24 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         tls = session.tls
         self.is_initiator = not tls.server_side
         self.certificate = certificate
-        #: streams that the peer may have open here at once
-        self.max_streams = MAX_INBOUND_STREAMS
+        self.max_streams = security.max_streams
+        self.budget = security.budget
         #: trio time at which the last bytes came in
         self.last_received = trio.current_time()
         #: and at which it was made
         self.since = self.last_received
-        #: what all connections of this node may take together
-        self.budget: InboundBudget | None = None
+        #: as it is written there, so that it can be compared; what follows is for people, too
+        self.vouched = vouched
         self.roles = vouched.roles
-        self.name = cleaned(common_name_of(parse_der(certificate)))
-        #: as it is written there, so that it can be compared
-        self.vouched_organization = vouched.organization
+        self.name = cleaned(vouched.name)
         self.organization = cleaned(vouched.organization)
         self.instance = instance_of(tls) if tls.server_side else None
         self._tls = tls
         self._incoming = session.incoming
         self._outgoing = session.outgoing
-        self._key_pair = key_pair
-        self._remote_key = public_key_of(certificate)
-        self._remote = ID.from_pubkey(self._remote_key)
+        self._key_pair = security.key_pair
+        self._remote = ID.from_string(vouched.peer_id)
         self._buffer = bytearray()
-        self._consumed = 0
-        self._scratch = memoryview(bytearray(RECEIVE_BYTES))
         self._write_lock = trio.Lock()
         self._read_lock = trio.Lock()
         self._at_eof = False
@@ -120,8 +109,8 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
     def get_remote_peer(self) -> ID:
         return self._remote
 
-    def get_remote_public_key(self) -> Ed25519PublicKey:
-        return self._remote_key
+    def get_remote_public_key(self) -> PublicKey | None:
+        return self._remote.extract_public_key()
 
     def get_remote_address(self) -> tuple[str, int] | None:
         address: tuple[str, int] | None = self.raw.get_remote_address()
@@ -157,9 +146,7 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         if n == 0:
             return b""
         async with self._read_lock:
-            while len(self._buffer) - self._consumed < (n or 1):
-                del self._buffer[: self._consumed]
-                self._consumed = 0
+            while len(self._buffer) < (n or 1):
                 if not await self._receive():
                     if not self._buffer:
                         raise ConnectionClosedError("the connection is closed", transport="tls")
@@ -168,15 +155,10 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
                 if (refusal := refusal_in(self._buffer)) is not None:
                     raise TurnedAway(refusal)
                 self._welcome = True
-            available = len(self._buffer) - self._consumed
-            end = self._consumed + (available if n is None else min(n, available))
+            count = len(self._buffer) if n is None else n
             with memoryview(self._buffer) as view:
-                taken = bytes(view[self._consumed : end])
-            if end == len(self._buffer):
-                self._buffer.clear()
-                self._consumed = 0
-            else:
-                self._consumed = end
+                taken = bytes(view[:count])
+            del self._buffer[:count]
             return taken
 
     async def _receive(self) -> bool:
@@ -199,30 +181,25 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         return False
 
     def _decrypt(self) -> int:
-        received = 0
+        before = len(self._buffer)
         try:
-            while True:
-                count = self._tls.read(len(self._scratch), self._scratch)
-                size = int(count)  # with a buffer given, ``read`` returns a length
-                if size == 0:
-                    self._at_eof = True
-                    break
-                self._buffer += self._scratch[:size]
-                received += size
+            while record := self._tls.read(RECORD_BYTES):
+                self._buffer += record
+            self._at_eof = True
         except ssl.SSLWantReadError:
             pass
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             self._at_eof = True
         except ssl.SSLError as exc:
             self._at_eof = True
-            if not received:
+            if len(self._buffer) == before:
                 raise ConnectionClosedError(f"TLS error: {exc.reason or exc}", transport="tls") from exc
-        return received
+        return len(self._buffer) - before
 
     @property
     def pending_bytes(self) -> int:
         """Of plaintext that nobody has read."""
-        return len(self._buffer) - self._consumed
+        return len(self._buffer)
 
     @property
     def ended(self) -> bool:
@@ -246,14 +223,6 @@ class TlsConnection(ISecureConn):  # type: ignore[misc]
         """Close at once, without goodbye; whoever waits in a read or write gets an error."""
         self._closed = True
         await close_at_once(self.raw)
-
-
-def public_key_of(certificate: bytes) -> Ed25519PublicKey:
-    """The libp2p public key of a DER certificate; ``HandshakeFailure`` when it is not Ed25519."""
-    key = x509.load_der_x509_certificate(certificate).public_key()
-    if not isinstance(key, ed25519.Ed25519PublicKey):
-        raise HandshakeFailure("the peer's certificate key is not Ed25519")
-    return Ed25519PublicKey.from_bytes(key.public_bytes_raw())
 
 
 def instance_of(tls: ssl.SSLObject) -> str | None:

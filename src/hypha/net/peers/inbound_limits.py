@@ -177,7 +177,7 @@ class InboundBudget:
                 if one is connection:
                     reason = text
                 else:
-                    one.__dict__["_breach"] = text
+                    one.breach = text
                     await one.secured_conn.abort()
         return reason
 
@@ -206,13 +206,7 @@ def _inbound(connection: Any) -> int:
 def _waiting(connection: Any) -> int:
     """Bytes that came in on ``connection`` and nobody has read, what is decrypted of a frame included."""
     unread = sum(len(one) for one in connection.stream_buffers.values())
-    return unread + int(getattr(connection.secured_conn, "pending_bytes", 0))
-
-
-def budget_of(connection: Any) -> InboundBudget | None:
-    """That of the node whose yamux connection this is; None of one that has none, as in a test of yamux."""
-    budget: InboundBudget | None = getattr(connection.secured_conn, "budget", None)
-    return budget
+    return unread + int(connection.secured_conn.pending_bytes)
 
 
 def source_of(host: str) -> str:

@@ -20,11 +20,10 @@ from hypha.access import SERVICES, carries, may_act_as, named
 from hypha.errors import IdentityError, PeerUnreachable
 from hypha.net.libp2p.streams import STREAM_ERRORS
 from hypha.net.libp2p.tls_connection import TlsConnection
-from hypha.net.libp2p.yamux import breach_of
 from hypha.net.options import Timings
 from hypha.net.peers.inbound_limits import Recent
 from hypha.node import Changes, ConnectionInfo, Listeners, PeerLost
-from hypha.pki.identity import Identity
+from hypha.pki.identity import Identity, Vouched
 from hypha.telemetry.instruments import CONNECTIONS_ESTABLISHED, CONNECTIONS_LOST
 
 logger = logging.getLogger(__name__)
@@ -77,8 +76,8 @@ class PeerTable(INotifee):  # type: ignore[misc]
         self.watch = self._watchers.listen
         #: notes each connection that is made or ends
         self._changes = Changes()
-        #: of peers that are or were connected: their roles, and the organisation that vouches for them
-        self._vouched: Recent[str, tuple[frozenset[str], str]] = Recent(REMEMBERED_ROLES)
+        #: of peers that are or were connected
+        self._vouched: Recent[str, Vouched] = Recent(REMEMBERED_ROLES)
         #: connections that this node ended, and why
         self._cuts: dict[Any, Cut] = {}
         self.on_connected: list[Callable[[str], object]] = []
@@ -123,11 +122,11 @@ class PeerTable(INotifee):  # type: ignore[misc]
 
         PeerUnreachable for a peer that never was connected, rather than a guess.
         """
-        return self._vouched_of(peer)[0]
+        return self._vouched_of(peer).roles
 
     def organization_of(self, peer: str) -> str:
         """The organisation that vouches for a peer, as of its last connection; as :meth:`roles_of`."""
-        return self._vouched_of(peer)[1]
+        return self._vouched_of(peer).organization
 
     def inbound(self) -> list[Any]:
         """The swarm's live connections that others have dialled."""
@@ -156,10 +155,10 @@ class PeerTable(INotifee):  # type: ignore[misc]
                 f"this one carries {carries(has)}",
             )
 
-    def _vouched_of(self, peer: str) -> tuple[frozenset[str], str]:
+    def _vouched_of(self, peer: str) -> Vouched:
         # the swarm has a connection for a moment before it says so
         for connection in reversed(self.connections_of(peer)):
-            return secured(connection).roles, secured(connection).vouched_organization
+            return secured(connection).vouched
         try:
             return self._vouched[peer]
         except KeyError:
@@ -184,7 +183,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         direction, way = direction_of(conn), way_of(conn)
         CONNECTIONS_ESTABLISHED.add(direction=direction, way=way)
         logger.debug("Connected with %s (%s, %s).", peer, direction, way, extra={"peer_id": peer})
-        self._vouched[peer] = (secured(conn).roles, secured(conn).vouched_organization)
+        self._vouched[peer] = secured(conn).vouched
         self._changes.note()
         for call in self.on_connected:
             call(peer)
@@ -192,7 +191,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
     async def disconnected(self, network: Any, conn: Any) -> None:
         self._changes.note()
         peer = str(conn.muxed_conn.peer_id)
-        reason = self._cuts.pop(conn, "limit" if breach_of(conn.muxed_conn) else "closed")
+        reason = self._cuts.pop(conn, "limit" if conn.muxed_conn.breach else "closed")
         CONNECTIONS_LOST.add(reason=reason)
         direction, way = direction_of(conn), way_of(conn)
         logger.debug(
@@ -243,7 +242,7 @@ class PeerTable(INotifee):  # type: ignore[misc]
         stopped peer delays finding the next. Here a quiet connection gets a 12-byte ping frame, and
         only when its last byte came in counts.
         """
-        limit = self._timings.liveness_s
+        limit = self._timings.silence_s
         tick = limit / 4
         due = trio.current_time() + tick
         while True:

@@ -18,7 +18,7 @@ from functools import partial
 import trio
 
 from hypha.config.models import SchedulerConfig
-from hypha.errors import HyphaError, JobFailed
+from hypha.errors import HyphaError, JobFailed, leaves
 from hypha.journal import JournalEntry, write_entries
 from hypha.net import open_node, options_from
 from hypha.node import Node
@@ -272,7 +272,7 @@ class RunningJob:
                     self._stage = working = WorkingJob(self._context, opened, nursery, self._end)
                     await working.run()
         except* HyphaError as group:
-            self._outcome = _first(group)
+            self._outcome = leaves(group)[0]
         finally:
             with trio.CancelScope(shield=True):
                 await self._leave()
@@ -316,8 +316,3 @@ class RunningJob:
             logger.warning("The journal of the failed job is not kept in %s: %s", path, exc)
         else:
             logger.info("What the scheduler decided last is in %s", path)
-
-
-def _first(group: BaseExceptionGroup[HyphaError]) -> HyphaError:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first

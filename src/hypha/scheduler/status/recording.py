@@ -20,7 +20,7 @@ from hypha.runtime import wall_time
 from hypha.scheduler.rounds.events import GenerationBegan, Record
 from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status.snapshot import JobSnapshot
-from hypha.sinks import Destination, RoundValues, RunInfo, SinkProcess, close_all
+from hypha.sinks import Destination, RoundValues, RunInfo, SinkProcess
 
 #: a job that is done waits so long for its sinks; one that is to stop has promised to end soon
 _CLOSE_S = 4.0
@@ -55,7 +55,8 @@ class Recording:
     of its update comes later is missing in it. :meth:`listen` to the journal, :meth:`see` snapshots.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
         self._job = config.scheduler.job
         root = config.state_dir / self._job.name / "sinks"
         self._destinations = [
@@ -81,6 +82,8 @@ class Recording:
             start = entry.event.start
             run = RunInfo(start.job_id, settings_of(self._job, start))
             self.sinks = [SinkProcess(one, run) for one in self._destinations]
+            for sink in self.sinks:
+                self._nursery.start_soon(sink.run)
         for action in entry.actions:
             if isinstance(action, Record) and self._is_new(action.entry):
                 self._waiting.append((action.entry, wall_time()))
@@ -152,11 +155,13 @@ async def recording(config: SchedulerConfig, journal: Journal) -> AsyncIterator[
     if not config.scheduler.sinks:
         yield None
         return
-    feeding = Recording(config)
-    journal.listeners.append(feeding.listen)
-    try:
-        yield feeding
-    finally:
-        journal.leave(feeding.listen)
-        stopped = trio.current_effective_deadline() == -math.inf
-        await close_all(feeding.sinks, _STOP_S if stopped else _CLOSE_S)
+    async with trio.open_nursery() as nursery:
+        feeding = Recording(config, nursery)
+        journal.listeners.append(feeding.listen)
+        try:
+            yield feeding
+        finally:
+            journal.leave(feeding.listen)
+            stopped = trio.current_effective_deadline() == -math.inf
+            for sink in feeding.sinks:
+                sink.close(_STOP_S if stopped else _CLOSE_S)

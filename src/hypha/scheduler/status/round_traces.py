@@ -3,7 +3,7 @@
 The job's own is the root of the trace that its requests for workers and its dispatches are in. It does not
 grow with the rounds: each of those is a trace, linked to the dispatches. The round machine knows nothing of
 it. A round's identifiers follow from the job, its generation and the round
-(:mod:`hypha.tracing.spans`), so that workers and the parameter server put their own spans below it
+(:mod:`hypha.tracing`), so that workers and the parameter server put their own spans below it
 without a message about it. What happens to leases meanwhile is an event of the open round's span.
 """
 
@@ -30,9 +30,8 @@ from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds import machine as rounds
 from hypha.scheduler.rounds.state import OPEN
-from hypha.tracing import failed, round_traceparent, start_span, traceparent
+from hypha.tracing import Attribute, failed, round_traceparent, start_span, traceparent
 from hypha.tracing.operations import ROUND, RUN_JOB
-from hypha.tracing.spans import Attribute
 
 
 class RoundTraces:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import Any
 
 import trio
 
-from hypha.errors import HyphaError
+from hypha.errors import HyphaError, leaves
 from hypha.executor.running import kind_of
 from hypha.messages import (
     Alive,
@@ -130,7 +129,7 @@ class SimulatedExecutors:
                         await SimulatedParameterServer(bridge, job, work, 0.01).serve()
                     work.cancel_scope.cancel()
             except* (HyphaError, OSError) as group:
-                exc = _first(group)
+                exc = leaves(group)[0]
                 tail = f"{type(exc).__name__}: {exc}"
                 bridge.report(ExecutorError(kind=kind_of(exc), message=str(exc)))
                 code = exc.exit_code if isinstance(exc, HyphaError) else 1
@@ -143,11 +142,3 @@ async def _report_alive(bridge: Bridge) -> None:
     while True:
         await trio.sleep(_ALIVE_S * chance().uniform(0.9, 1.1))
         bridge.report(Alive())
-
-
-def _first(group: BaseExceptionGroup[Any]) -> Exception:
-    for exc in group.exceptions:
-        found = _first(exc) if isinstance(exc, BaseExceptionGroup) else exc
-        if isinstance(found, Exception):
-            return found
-    raise group

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 
+from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -38,7 +39,7 @@ def foreign_host(scope: Scope, own: str = "localhost") -> str | None:
     server = scope.get("server")
     if server is None or not _is_loopback(str(server[0])):
         return None
-    host = next((value.decode("latin-1") for key, value in scope["headers"] if key == b"host"), None)
+    host = Headers(scope=scope).get("host")
     if host is None or _names_address(host) or _without_port(host) == own.lower():
         return None
     return f"{host!r} is no address of this machine: ask for 127.0.0.1 or localhost.\n"

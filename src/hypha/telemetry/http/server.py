@@ -58,12 +58,12 @@ async def serve_http(
         return _json(report, 200 if report.healthy else 503)
 
     served = [Route("/health", get_health), *routes]
-    if (metrics := exposition()) is not None:
+    if (write := exposition()) is not None:
 
         async def get_metrics(request: Request) -> Response:
             sample()
             accept = request.headers.get("accept", "")
-            body, content_type = await in_thread(metrics.write, accept)
+            body, content_type = await in_thread(write, accept)
             return Response(body, 200, headers={"content-type": content_type})
 
         served.append(Route("/metrics", get_metrics))

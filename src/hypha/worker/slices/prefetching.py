@@ -44,9 +44,8 @@ from hypha.net.bulk.files import hash_file
 from hypha.node import Transfers
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
-from hypha.tracing import span
+from hypha.tracing import Attribute, span
 from hypha.tracing.operations import FETCH_SLICE
-from hypha.tracing.spans import Attribute
 from hypha.waiting import Reminder, in_words
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.slices.manifest_check import ManifestCheck

@@ -179,17 +179,17 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identit
     except IdentityError as exc:
         problems = tuple((one.key, f"{one.source}: {one.message}") for one in exc.problems)
     own = own_certificate(files)
-    ends = {} if own is None else {"certificate": own.not_after}
+    ends = {} if own is None else {"certificate": own.certificate.not_valid_after_utc}
     if identity is not None:
         ends |= identity.expirations()
-    roles = None if own is None else frozenset(own.roles)
+    roles = None if own is None else own.roles
     observed = IdentityObservations(
         files=files,
         now=datetime.now(UTC),
         peer=identity.peer_id if identity is not None else (own.peer_id or "" if own is not None else ""),
         roles=roles,
         key_mode=_mode(files),
-        begins=None if own is None else own.not_before,
+        begins=None if own is None else own.certificate.not_valid_before_utc,
         ends=ends,
         problems=problems,
     )
