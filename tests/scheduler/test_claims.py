@@ -220,26 +220,6 @@ def test_an_update_of_an_executor_that_is_gone_may_have_had_other_batches() -> N
     assert world.machine.updates.accepted == {"a": part}
 
 
-def test_a_parameter_server_of_an_earlier_version_says_what_was_added_when_it_says_what_was_applied() -> None:
-    """Not again as it came, where another scheduler takes over."""
-    world = training("a", "b")
-    part = msgspec.structs.replace(GOOD, incarnation=world.workers["a"].incarnation)
-    applied = RoundApplied(round=0, theta="t1", contributors=("a",), contributions=(part,))
-    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
-    assert world.records[0].contributors == (part,)
-
-
-def test_a_parameter_server_of_an_earlier_version_that_applied_what_cannot_be_is_replaced() -> None:
-    world = training("a", "b")
-    part = msgspec.structs.replace(GOOD, incarnation=world.workers["a"].incarnation)
-    other = msgspec.structs.replace(part, worker="b", samples=10**12)
-    applied = RoundApplied(round=0, theta="t1", contributors=("a", "b"), contributions=(part, other))
-    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
-    assert isinstance(world.ended, Restart)
-    assert "ps" in replaced(world)
-    assert not world.records
-
-
 def test_what_was_applied_is_recorded_once_each_update_in_it_was_reported() -> None:
     """The ledger would lack a contribution otherwise, and a replay of it be another theta."""
     world = training("a", "b")

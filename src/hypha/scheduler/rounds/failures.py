@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hypha.backoff import pause_after
 from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
 from hypha.messages import ExecutorClass, ExecutorError, ExecutorExited
-from hypha.scheduler.rounds.events import Action, Again, Drop, Fail
+from hypha.scheduler.rounds.events import Again, Drop, Fail
 from hypha.scheduler.rounds.policy import CarriedOver
 
 #: losses that were not finite, of several workers or of one, after which a job is given up
@@ -25,6 +25,10 @@ _DIVERGED, _DIVERGED_ALONE = 3, 5
 _LAST_WORDS_S = 10.0
 #: before the first restart, what each further one has to wait longer, and the longest
 _FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.2, 4.0, 60.0
+
+
+#: what becomes of a failed training executor
+Decision = Again | Drop | Fail
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Failures:
         event: ExecutorError | ExecutorExited,
         now: float,
         others: Collection[str],
-    ) -> list[Action]:
+    ) -> Decision | None:
         """An executor of ``peer``, which took part until now, says that it fails, or has ended. ``others``
         are the further workers in the job.
         """
@@ -144,38 +148,35 @@ class Failures:
             # another would say the same, so there is nothing to wait for
             return self._judge(peer, incarnation, event.message, event.kind, others)
         self._failing[incarnation] = _Failing(peer, event, now + _LAST_WORDS_S)
-        return []
+        return None
 
-    def exited(self, incarnation: str, event: ExecutorExited) -> list[Action]:
+    def exited(self, incarnation: str, event: ExecutorExited) -> Decision | None:
         """An executor that is over has ended."""
         failing = self._failing.pop(incarnation, None)
         if failing is None:
-            return []
+            return None
         text = f"{failing.error.message}; {exit_text(event)}"
         return self._judge(failing.peer, incarnation, text, failing.error.kind)
 
-    def advance(self, now: float) -> list[Action]:
+    def overdue(self, now: float) -> list[Decision]:
         """Judge those whose end was not heard of."""
-        actions: list[Action] = []
-        for incarnation, failing in list(self._failing.items()):
-            if now >= failing.until:
-                del self._failing[incarnation]
-                error = failing.error
-                actions += self._judge(failing.peer, incarnation, error.message, error.kind)
-        return actions
+        due = [(key, one) for key, one in self._failing.items() if now >= one.until]
+        for incarnation, _ in due:
+            del self._failing[incarnation]
+        return [self._judge(one.peer, key, one.error.message, one.error.kind) for key, one in due]
 
     def _judge(
         self, peer: str, incarnation: str, message: str, cause: str, others: Collection[str] = ()
-    ) -> list[Action]:
+    ) -> Decision:
         error = self.add(peer, "train", message, cause, others)
         if error is not None:
-            return [Fail(error)]
+            return Fail(error)
         if cause == "model" or self.restarts[peer] >= self._most_restarts:
-            return [Drop(peer, "train", message)]
+            return Drop(peer, "train", message)
         self.restarts[peer] += 1
         earlier = self.restarts[peer] - 1
         pause_s = pause_after(earlier, _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH)
-        return [Again(peer, message, pause_s, incarnation)]
+        return Again(peer, message, pause_s, incarnation)
 
 
 def _of_the_job(cause: str, message: str, times: int) -> HyphaError:

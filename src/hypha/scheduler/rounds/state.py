@@ -58,13 +58,16 @@ _OUTER_STEP_S = 1.0
 
 
 class RoundState:
-    """One generation of a job. ``counts`` counts what was ignored or refused, by reason."""
+    """One generation of a job. ``counts`` counts what was ignored or refused, by reason. Whatever handles an
+    event adds what it decides to ``decided``.
+    """
 
     def __init__(
         self, rules: Rules, start: Start, tracker: SliceTracker, scheduler: PeerRef, carried: CarriedOver
     ) -> None:
         self.rules = rules
         self.start = start
+        self.decided: list[Action] = []
         self.tracker = tracker
         self.scheduler = scheduler
         self.failures = Failures(rules.max_failures, rules.executor_restarts, carried)
@@ -151,21 +154,22 @@ class RoundState:
             self.members[event.ref.peer].told_at = None
             self.members[event.ref.peer].joined_at = now
 
-    def lose(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+    def lose(self, peer: str, kind: ExecutorClass, reason: str) -> None:
         """An executor takes part no more."""
         if kind == "aggregate":
-            if self.server is None or self.server.peer != peer:
-                return []
-            return self.restart(reason)
+            if self.server is not None and self.server.peer == peer:
+                self.restart(reason)
+            return
         # it may hold slices of an earlier generation
         self.tracker.forget(peer, keep=self.updates.finished(peer))
         member = self.members.pop(peer, None)
         if member is None:
-            return []
+            return
         if member.incarnation:
             self.failures.over.add(member.incarnation)
         self.planner.upset()
-        return self.tell_members() if member.loaded else []
+        if member.loaded:
+            self.tell_members()
 
     def leaves(self, event: ParticipantLeaves, now: float) -> None:
         """Its worker ends soon: what it has trained by then is to count, and the others share the rest."""
@@ -180,9 +184,11 @@ class RoundState:
             since = now if member.leaves is None else member.leaves.since
             member.leaves = Leave(now + event.left_s, since)
 
-    def let_go(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+    def let_go(self, peer: str, kind: ExecutorClass) -> None:
         """It ends soon, and nothing more can come of it."""
-        return [LetGo(peer, kind, reason), *self.lose(peer, kind, reason)]
+        reason = "its worker leaves"
+        self.decide(LetGo(peer, kind, reason))
+        self.lose(peer, kind, reason)
 
     def set_absent(self, peer: str, absent: bool) -> None:
         """The others share its part of the open round while it is away."""
@@ -202,31 +208,36 @@ class RoundState:
 
     # --- failures and ends ----------------------------------------------------------------------------
 
-    def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> list[Action]:
+    def decide(self, action: Action) -> None:
+        """What ends the job is the machine's end, too."""
+        if isinstance(action, Fail):
+            self.phase = "failed"
+        self.decided.append(action)
+
+    def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> None:
         """Release it, replace it; give the job up when that happened too often."""
         # of parameter servers there is one at a time, perhaps on the same machine again
         others = [] if kind == "aggregate" else [one for one in self.members if one != peer]
         error = self.failures.add(peer, kind, message, cause, others)
         if error is not None:
-            self.phase = "failed"
-            return [Fail(error)]
-        return [Drop(peer, kind, message), *self.lose(peer, kind, message)]
+            self.decide(Fail(error))
+        else:
+            self.drop(peer, kind, message)
 
-    def judged(self, actions: list[Action]) -> list[Action]:
-        """What :class:`Failures` decided: where that is the job's end, it is the machine's too."""
-        if any(isinstance(action, Fail) for action in actions):
-            self.phase = "failed"
-        return actions
+    def drop(self, peer: str, kind: ExecutorClass, reason: str) -> None:
+        """Release it, and replace it."""
+        self.decide(Drop(peer, kind, reason))
+        self.lose(peer, kind, reason)
 
-    def restart(self, reason: str, unusable: bool = False) -> list[Action]:
+    def restart(self, reason: str, unusable: bool = False) -> None:
         """The parameter server is gone: this generation ends, and what is known of slices is kept for the
         next.
         """
         self.server, self.server_at = None, None
         self.over = True
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
-        restart = Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model))
-        return [self.keep_slices(), restart]
+        self.keep_slices()
+        self.decide(Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model)))
 
     # --- what was said --------------------------------------------------------------------------------
 
@@ -323,22 +334,22 @@ class RoundState:
         target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
         return member.may_hold(min(self.ahead, _MOST_AHEAD), target, self.tracker.most_rows, whole)
 
-    def keep_slices(self) -> KeepSlices:
+    def keep_slices(self) -> None:
         self.kept = self.tracker.version
-        return KeepSlices(self.start.generation, self.tracker.to_state())
+        self.decide(KeepSlices(self.start.generation, self.tracker.to_state()))
 
     # --- what is said ---------------------------------------------------------------------------------
 
-    def send_model(self, member: Member, now: float) -> list[Action]:
+    def send_model(self, member: Member, now: float) -> None:
         """Theta of the open round for ``member``, which begins it."""
         member.enter(now)
         self.planner.upset()
-        return self.to_server(SendModel(to=member.ref, attempt=member.attempt))
+        self.to_server(SendModel(to=member.ref, attempt=member.attempt))
 
-    def tell_members(self) -> list[Action]:
+    def tell_members(self) -> None:
         """Whom the parameter server is to let in."""
         if not self.server_ready:
-            return []
+            return
         peers = tuple(member.ref for member in self.loaded)
         sizes = {member.peer: member.batch_size for member in self.loaded}
         most = self.rules.most_batch_size
@@ -352,14 +363,14 @@ class RoundState:
             batch_sizes=sizes,
             most_batch_size=most,
         )
-        return self.to_server(told)
+        self.to_server(told)
 
     @property
     def open_before(self) -> bool:
         """An earlier generation has begun the open round, so that there may be updates by plans of that."""
         return self.start.generation > 0 and self.round == self.start.round
 
-    def tell_limits(self) -> list[Action]:
+    def tell_limits(self) -> None:
         """For how many samples updates may stand, once somebody's may stand for more than was told."""
         more = False
         for member in self.participants:
@@ -370,10 +381,12 @@ class RoundState:
             if most is not None and most > self.limits.get(member.peer, 0):
                 self.limits[member.peer] = most
                 more = True
-        return self.tell_members() if more else []
+        if more:
+            self.tell_members()
 
-    def to_server(self, directive: Directive) -> list[Action]:
-        return [Send(self.server, "aggregate", directive)] if self.server is not None else []
+    def to_server(self, directive: Directive) -> None:
+        if self.server is not None:
+            self.decide(Send(self.server, "aggregate", directive))
 
     # --- for people and tests -------------------------------------------------------------------------
 
