@@ -7,8 +7,9 @@ nobody.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 import trio
@@ -187,8 +188,9 @@ class JobExecutors:
     async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef) -> None:
         descriptions, generation = begun.descriptions, begun.generation
         lease, peer = executor.lease, executor.lease.worker.peer
+        fields = {"worker_peer_id": peer, "job_id": generation.start.job_id, "lease_id": lease.lease_id}
         with executor.scope:
-            if executor.rejoins and await self._rejoin(executor, generation, server):
+            if executor.rejoins and await self._rejoin(executor, generation, server, fields):
                 await executor.steering.run()
                 return
             if executor.rejoins and lease.kind == "aggregate":
@@ -200,18 +202,21 @@ class JobExecutors:
                 await trio.sleep(executor.pause_s)
                 self._handle(Joined(lease.worker, lease.kind, executor.batch_size))
             elif lease.lease_id in self._started:
-                await self._stop(lease, descriptions.start.job_id)
+                # if this is not delivered, the new job replaces the executor of an earlier generation
+                stop = CancelJob(job_id=generation.start.job_id, kind=lease.kind)
+                await self._try_once(peer, stop, _CANCEL_TIMEOUT_S, "The request to stop an earlier executor")
             self._started.add(lease.lease_id)
             job: Job
             if lease.kind == "train":
                 job = descriptions.train(peer, server, executor.batch_size, begun.steps())
             else:
                 job = descriptions.aggregate(peer, generation.restore(descriptions.scheduler))
-            request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
-            if await self._dispatch(request, lease):
+            if await self._dispatch(job, executor, fields):
                 await executor.steering.run()
 
-    async def _rejoin(self, executor: _Executor, generation: Generation, server: PeerRef) -> bool:
+    async def _rejoin(
+        self, executor: _Executor, generation: Generation, server: PeerRef, fields: dict[str, str]
+    ) -> bool:
         """Have the executor that runs there go on in this generation; False when there is none."""
         start, lease = generation.start, executor.lease
         directive = Rejoin(
@@ -219,71 +224,39 @@ class JobExecutors:
             round=start.round,
             steps=start.steps,
             parameter_server=server if lease.kind == "train" else None,
-            resend=not generation.start.taken_over,
+            resend=not start.taken_over,
             start_over=generation.rounds_lost,
         )
-        fields = {"worker_peer_id": lease.worker.peer, "job_id": start.job_id, "lease_id": lease.lease_id}
-        while True:
-            try:
-                await executor.steering.send_first(directive)
-            except Refused as exc:
-                if not exc.retryable:
-                    logger.info("The %s executor refused to go on: %s", lease.kind, exc, extra=fields)
-                    return False
-            except NetworkError as exc:
-                # the lease decides how long that is worth trying
-                text = "The request to go on was not delivered to the %s executor: %s"
-                logger.debug(text, lease.kind, exc, extra=fields)
-            else:
-                logger.info("The %s executor goes on", lease.kind, extra=fields)
-                self._handle(GoesOn(lease.worker.peer, lease.kind))
-                return True
-            await trio.sleep(_PAUSE_S)
+        send = partial(executor.steering.send_first, directive)
+        refused = await _insist(send, f"The request to go on to the {lease.kind} executor", fields)
+        if refused is not None:
+            logger.info("The %s executor refused to go on: %s", lease.kind, refused, extra=fields)
+            return False
+        logger.info("The %s executor goes on", lease.kind, extra=fields)
+        self._handle(GoesOn(lease.worker.peer, lease.kind))
+        return True
 
-    async def _stop(self, lease: LeaseGained, job_id: str) -> None:
-        """End the executor of an earlier generation; if that cannot be delivered, the new job replaces it."""
-        try:
-            cancel = CancelJob(job_id=job_id, kind=lease.kind)
-            await self._node.request(lease.worker.peer, cancel, timeout_s=_CANCEL_TIMEOUT_S)
-        except NetworkError as exc:
-            fields = {"worker_peer_id": lease.worker.peer}
-            logger.debug("The request to stop an earlier executor was not delivered: %s", exc, extra=fields)
-
-    async def _dispatch(self, request: DispatchJob, lease: LeaseGained) -> bool:
+    async def _dispatch(self, job: Job, executor: _Executor, fields: dict[str, str]) -> bool:
+        """Start ``job`` there; False when it is refused."""
+        lease, worker = executor.lease, executor.lease.worker.peer
         attributes: dict[str, Attribute] = {
-            "hypha.job": request.job.job_id,
-            "hypha.job.generation": request.job.generation,
+            "hypha.job": job.job_id,
+            "hypha.job.generation": job.generation,
             "hypha.lease": lease.lease_id,
-            "hypha.peer": lease.worker.peer,
+            "hypha.peer": worker,
         }
         with span(DISPATCH, attributes, parent=self._traces.of_job):
-            if (traced := self._traces.dispatching(lease.worker.peer, lease.kind)) is not None:
-                job = msgspec.structs.replace(request.job, traced=traced)
-                request = msgspec.structs.replace(request, job=job)
-            return await self._deliver(request, lease)
-
-    async def _deliver(self, request: DispatchJob, lease: LeaseGained) -> bool:
-        fields = {
-            "worker_peer_id": lease.worker.peer,
-            "job_id": request.job.job_id,
-            "lease_id": lease.lease_id,
-        }
-        while True:
-            try:
-                await self._node.request(lease.worker.peer, request, timeout_s=_DISPATCH_TIMEOUT_S)
-            except Refused as exc:
-                if not exc.retryable:
-                    logger.warning("A worker refused the %s job: %s", lease.kind, exc, extra=fields)
-                    self._handle(JobRefused(lease.worker.peer, lease.kind, f"{exc.reason} ({exc.code})"))
-                    return False
-                logger.info("A worker cannot start the %s job yet: %s", lease.kind, exc, extra=fields)
-            except NetworkError as exc:
-                # the lease decides how long that is worth trying
-                logger.warning("The %s job was not delivered: %s", lease.kind, exc, extra=fields)
-            else:
-                logger.info("The %s job was dispatched", lease.kind, extra=fields)
-                return True
-            await trio.sleep(_PAUSE_S)
+            if (traced := self._traces.dispatching(worker, lease.kind)) is not None:
+                job = msgspec.structs.replace(job, traced=traced)
+            request = DispatchJob(lease_id=lease.lease_id, job=job, instead_of=executor.instead_of)
+            send = partial(self._node.request, worker, request, timeout_s=_DISPATCH_TIMEOUT_S)
+            refused = await _insist(send, f"The {lease.kind} job", fields)
+        if refused is not None:
+            logger.warning("A worker refused the %s job: %s", lease.kind, refused, extra=fields)
+            self._handle(JobRefused(worker, lease.kind, f"{refused.reason} ({refused.code})"))
+            return False
+        logger.info("The %s job was dispatched", lease.kind, extra=fields)
+        return True
 
     async def finish(self, reason: str, timeout_s: float) -> None:
         """Send all executors their last directive, for at most ``timeout_s``."""
@@ -298,10 +271,28 @@ class JobExecutors:
                     lease, stamp = executor.lease, begun.generation.start.stamp
                     finish = Finish(reason=reason)
                     last = Steer(stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=finish)
-                    nursery.start_soon(self._send_last, lease.worker.peer, last, timeout_s)
+                    peer, what = lease.worker.peer, "The last directive"
+                    nursery.start_soon(self._try_once, peer, last, timeout_s, what)
 
-    async def _send_last(self, peer: str, last: Steer, timeout_s: float) -> None:
+    async def _try_once(self, peer: str, request: CancelJob | Steer, timeout_s: float, what: str) -> None:
         try:
-            await self._node.request(peer, last, timeout_s=timeout_s)
+            await self._node.request(peer, request, timeout_s=timeout_s)
         except NetworkError as exc:
-            logger.debug("The last directive was not delivered: %s", exc, extra={"worker_peer_id": peer})
+            logger.debug("%s was not delivered: %s", what, exc, extra={"worker_peer_id": peer})
+
+
+async def _insist(send: Callable[[], Awaitable[object]], what: str, fields: dict[str, str]) -> Refused | None:
+    """Send until it is acknowledged, or return why it is refused for good; how long that is worth trying, the
+    lease decides.
+    """
+    while True:
+        try:
+            await send()
+            return None
+        except Refused as exc:
+            if not exc.retryable:
+                return exc
+            logger.info("%s has to wait: %s", what, exc, extra=fields)
+        except NetworkError as exc:
+            logger.warning("%s was not delivered: %s", what, exc, extra=fields)
+        await trio.sleep(_PAUSE_S)

@@ -12,7 +12,7 @@ import trio
 
 from hypha.config.job import JobConfig
 from hypha.errors import JobFailed, NetworkError, OutputError
-from hypha.messages import JobStamp, PeerRef, SaveCheckpoint, Steer
+from hypha.messages import JobStamp, LedgerFile, PeerRef, SaveCheckpoint, Steer
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.export import Published, absolute_place, local_directory
@@ -32,14 +32,14 @@ async def publish(
     """Publish the ``files`` that the parameter server exported; the job is done then. Raises
     :class:`hypha.errors.HyphaError`, after which the job can be started again.
     """
-    start, state = machine.start, context.state
+    config, start, state = context.config, machine.start, context.state
     export = state.export_of(start.generation)
     missing = [name for name in files if not (export / name).is_file()]
     if missing or not files:
         what = ", ".join(missing) or "any file"
         raise JobFailed(f"the parameter server exported the model without {what}")
     about = Published(
-        job=context.config.name,
+        job=config.name,
         job_id=start.job_id,
         rounds=context.rules.rounds,
         samples=context.progressed.samples,
@@ -54,20 +54,25 @@ async def publish(
         raise OutputError(
             f"{path} cannot be written: {exc}; free space there and start the job again"
         ) from exc
-    output = await in_thread(context.files.output.publish, export, about)
-    await ledger.run(Ledger.done, absolute_place(context.config.output), output)
+    output = await in_thread(context.output.publish, export, about)
+    await ledger.run(Ledger.done, absolute_place(config.output), output)
     logger.info("The trained model is in %s", output, extra={"job_id": start.job_id})
+    return _result(config.name, file, output, path, trio.current_time() - context.began)
+
+
+def _result(name: str, file: LedgerFile, output: str, path: Path, wall_s: float) -> JobResult:
+    """Of a job that has applied a round, by its ledger."""
     counted = [entry for entry in file.rounds if not entry.discarded]
     return JobResult(
-        name=context.config.name,
-        job_id=start.job_id,
-        rounds=context.rules.rounds,
-        samples=context.progressed.samples,
-        loss=context.progressed.loss,
-        theta=machine.theta,
+        name=name,
+        job_id=file.job.job_id,
+        rounds=len(counted),
+        samples=sum(entry.samples for entry in counted),
+        loss=counted[-1].loss,
+        theta=counted[-1].theta,
         output=output,
         ledger=path,
-        wall_s=trio.current_time() - context.began,
+        wall_s=wall_s,
         workers=len({part.worker for entry in counted for part in entry.contributors}),
     )
 
@@ -99,18 +104,8 @@ async def finished_job(state_dir: Path, config: JobConfig) -> JobResult | None:
         place = absolute_place(config.output)
         if published is None or published[0] != place or not await in_thread(_is_there, place):
             return None
-        return JobResult(
-            name=config.name,
-            job_id=standing.job_id,
-            rounds=len(counted),
-            samples=sum(entry.samples for entry in counted),
-            loss=counted[-1].loss,
-            theta=counted[-1].theta,
-            output=published[1],
-            ledger=state.path / "ledger.json",
-            wall_s=sum(entry.duration_s for entry in counted),
-            workers=len({part.worker for entry in counted for part in entry.contributors}),
-        )
+        wall_s = sum(entry.duration_s for entry in counted)
+        return _result(config.name, file, published[1], state.path / "ledger.json", wall_s)
 
 
 def _is_there(place: str) -> bool:
@@ -129,12 +124,12 @@ async def save_last(
     machine: RoundMachine,
     ledger: Ledger,
     todo: trio.MemoryReceiveChannel[Action],
-    keep_ledger: Callable[[Durable], Awaitable[None]],
+    carry_out: Callable[[Action], Awaitable[None]],
     timeout_s: float,
 ) -> None:
     """Have the open round of ``machine`` saved as it began, unless it is, for at most ``timeout_s``.
 
-    Takes what is left in ``todo``; ``keep_ledger`` carries out what of it the ledger is to have.
+    Takes what is left in ``todo``, and carries out what of it the ledger is to have.
     """
     while True:
         try:
@@ -142,7 +137,7 @@ async def save_last(
         except trio.WouldBlock:
             break
         if isinstance(action, Durable):
-            await keep_ledger(action)
+            await carry_out(action)
     newest, asked_for = await ledger.run(Ledger.newest_start), machine.round
     server = machine.server if machine.server_ready and machine.phase not in ("done", "failed") else None
     if server is not None and newest < asked_for:
@@ -152,7 +147,7 @@ async def save_last(
                 while newest < machine.round:
                     action = await todo.receive()
                     if isinstance(action, Durable):
-                        await keep_ledger(action)
+                        await carry_out(action)
                         newest = await ledger.run(Ledger.newest_start)
                 nursery.cancel_scope.cancel()
     fields = {"job_id": machine.start.job_id}

@@ -1,11 +1,10 @@
-"""From :class:`Preparing` to :class:`Opened`: the dataset is found, the ledger opened, and what an earlier
-scheduler left is taken up.
-"""
+"""Opening a job: its dataset is found, its ledger opened, and what an earlier scheduler left is taken up."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -16,11 +15,9 @@ from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, f
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.database import has_trained, held_leases, known_manifest
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.starts import begins_anew, first_generation
-from hypha.scheduler.durable.state_directory import CheckpointStore
-from hypha.scheduler.job.states import JobContext, Opened
+from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
+from hypha.scheduler.job.states import JobContext
 from hypha.scheduler.leasing.events import LeaseGained
-from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 
@@ -28,6 +25,23 @@ logger = logging.getLogger(__name__)
 
 #: what an earlier job left is given back within
 _RELEASE_S = 0.8
+
+
+@dataclass(frozen=True)
+class Opened:
+    """``generation`` begins. ``left`` are leases that an earlier scheduler held: where the job is
+    ``resumed`` its executors may run under them, else they are those of another job.
+    """
+
+    dataset: ServedDataset
+    ledger: Ledger
+    generation: Generation
+    left: tuple[LeaseGained, ...]
+
+    @property
+    def resumed(self) -> bool:
+        """An earlier scheduler has begun the job."""
+        return self.generation.start.generation > 0
 
 
 async def open_job(
@@ -56,10 +70,7 @@ async def open_job(
     ledger, generation = await first_generation(
         context.state, config, context.node.ref(), dataset, context.replicas, fresh
     )
-    store = CheckpointStore(context.state, generation.start.job_id, config.checkpoint.keep)
-    if generation.start.generation:
-        return Opened(dataset, ledger, generation, store, left=left)
-    return Opened(dataset, ledger, generation, store, of_another=left)
+    return Opened(dataset, ledger, generation, left)
 
 
 async def _check(
@@ -109,16 +120,19 @@ async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
     start = opened.generation.start
     if start.optimizer is not None:
         _log_optimizer(start.optimizer, context.config)
-    if start.generation:
+    if opened.resumed:
         file = await opened.ledger.run(Ledger.to_file)
         context.progressed.resume(file.rounds)
         logger.info("The job goes on from round %d", start.round, extra={"job_id": start.job_id})
-    if opened.left:
-        logger.info("The job goes on with %d leases of its earlier scheduler", len(opened.left))
-    if opened.of_another:
-        logger.info("%d leases of an earlier job are given back", len(opened.of_another))
-        context.pool.adopt(opened.of_another if fresh else ())
-        await _give_back(context.pool, opened.of_another)
+        if opened.left:
+            logger.info("The job goes on with %d leases of its earlier scheduler", len(opened.left))
+    elif opened.left:
+        logger.info("%d leases of an earlier job are given back", len(opened.left))
+        context.pool.adopt(opened.left if fresh else ())
+        with trio.move_on_after(_RELEASE_S):
+            async with trio.open_nursery() as nursery:
+                for lease in opened.left:
+                    nursery.start_soon(context.pool.release, lease.lease_id)
 
 
 def _log_optimizer(optimizer: OuterOptimizer, config: JobConfig) -> None:
@@ -138,10 +152,3 @@ def _log_optimizer(optimizer: OuterOptimizer, config: JobConfig) -> None:
         optimizer.momentum,
         why,
     )
-
-
-async def _give_back(pool: Pool, left: Iterable[LeaseGained]) -> None:
-    with trio.move_on_after(_RELEASE_S):
-        async with trio.open_nursery() as nursery:
-            for lease in left:
-                nursery.start_soon(pool.release, lease.lease_id)

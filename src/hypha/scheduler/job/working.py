@@ -22,10 +22,12 @@ from hypha.scheduler.descriptions import Descriptions, class_names
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
+from hypha.scheduler.durable.state_directory import CheckpointStore
 from hypha.scheduler.executors import JobExecutors
 from hypha.scheduler.handlers import FileHandlers, KeptSlices, RequestHandlers
 from hypha.scheduler.job.ending import publish, save_last
-from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Opened
+from hypha.scheduler.job.opening import Opened
+from hypha.scheduler.job.states import JobContext, JobResult, JobStage
 from hypha.scheduler.leasing.events import (
     LeaseGained,
     LeaseLeaving,
@@ -44,11 +46,10 @@ _TICK_S = 0.1
 
 
 class WorkingJob(JobStage):
-    """The third state of a run, after :class:`Opened`. ``end`` is called with what the job comes to; tasks
-    run in ``nursery``. :meth:`run` once.
+    """A job that was ``opened``. ``end`` is called with what it comes to; tasks run in ``nursery``.
+    :meth:`run` once.
     """
 
-    step = ""
     dataset: ServedDataset
     #: of the current generation
     machine: RoundMachine
@@ -60,18 +61,20 @@ class WorkingJob(JobStage):
         nursery: trio.Nursery,
         end: Callable[[JobResult | HyphaError], None],
     ) -> None:
+        super().__init__("", opened.dataset)
         self._context = context
-        self.dataset = opened.dataset
-        self.ledger = opened.ledger
-        self._store = opened.store
+        self._ledger = opened.ledger
+        job_id, keep = opened.generation.start.job_id, context.config.checkpoint.keep
+        self._store = CheckpointStore(context.state, job_id, keep)
         self._nursery = nursery
         self._end = end
         self._decided, self._actions = trio.open_memory_channel[events.Action](math.inf)
         node = context.node
-        self._executors = JobExecutors(node, nursery, self._handle, opened.left, context.traces)
+        left = opened.left if opened.resumed else ()
+        self._executors = JobExecutors(node, nursery, self._handle, left, context.traces)
         self._use(opened.generation, CarriedOver())
         self._file_handlers = FileHandlers(
-            node, context.files.directories, opened.store, self._executors.holds, self._is_server
+            node, context.directories, self._store, self._executors.holds, self._is_server
         )
         self._request_handlers = RequestHandlers(
             node,
@@ -95,14 +98,14 @@ class WorkingJob(JobStage):
         self._begin_generation()
         self._request_handlers.open()
         pool = self._context.pool
-        for record in await self.ledger.run(Ledger.track_records):
+        for record in await self._ledger.run(Ledger.track_records):
             pool.know(record)
         pool.want("aggregate", 1)
         pool.want("train", self._context.config.resources.num_workers)
         self._nursery.start_soon(self.dataset.watch, self._context.node)
         self._nursery.start_soon(self._leases)
         self._nursery.start_soon(self._ticking)
-        starts = await self.ledger.run(Ledger.starts)
+        starts = await self._ledger.run(Ledger.starts)
         if starts and starts[0].place == "scheduler":
             self._replicating.put(starts[0].round, self._store)
         self._nursery.start_soon(self._replicating.run)
@@ -114,7 +117,7 @@ class WorkingJob(JobStage):
     async def save_last(self, timeout_s: float) -> None:
         """The job is to stop: have the open round saved as it began."""
         node, machine = self._context.node, self.machine
-        await save_last(node, machine, self.ledger, self._actions, self._carry_out_durable, timeout_s)
+        await save_last(node, machine, self._ledger, self._actions, self._carry_out, timeout_s)
 
     async def finish(self, reason: str, timeout_s: float) -> None:
         """Send all executors their end, for at most ``timeout_s``; refuse requests for slices that wait."""
@@ -135,8 +138,8 @@ class WorkingJob(JobStage):
         self._generation = generation
         #: which of its slices are durable
         self._kept = KeptSlices()
-        #: what its machine was given of its surroundings, by the event's name
-        self._surroundings: dict[str, events.Input] = {}
+        #: what its machine was given of its surroundings last
+        self._surroundings: dict[type, events.Input] = {}
         self.machine = RoundMachine(
             context.rules, generation.start, tracker, context.node.ref(), carried, context.journal
         )
@@ -166,8 +169,8 @@ class WorkingJob(JobStage):
                 restart.reason,
                 extra={"job_id": start.job_id, "round": start.round},
             )
-            await self.ledger.run(Ledger.forget_checkpoint, start.round)
-        generation = await next_generation(self.ledger, self._store, start, context.replicas)
+            await self._ledger.run(Ledger.forget_checkpoint, start.round)
+        generation = await next_generation(self._ledger, self._store, start, context.replicas)
         logger.warning(
             "The parameter server was lost (%s); the job goes on from round %d",
             restart.reason,
@@ -196,13 +199,6 @@ class WorkingJob(JobStage):
             self._decided.send_nowait(action)
         return reply
 
-    def _handle_change(self, event: events.DataServed | events.LeasesHeld) -> None:
-        """Have the machine handle ``event``, unless that is what it was given last."""
-        name = type(event).__name__
-        if self._surroundings.get(name) != event:
-            self._surroundings[name] = event
-            self._handle(event)
-
     def _is_server(self, peer: str, stamp: JobStamp | None) -> bool:
         """Whether ``peer`` is the parameter server of the current generation, which ``stamp`` is of."""
         server, generation = self.machine.server, self.machine.start.generation
@@ -214,8 +210,27 @@ class WorkingJob(JobStage):
 
     async def _carry_out(self, action: events.Action) -> None:
         match action:
-            case events.Record() | events.FirstTheta() | events.KeepSlices() | events.Checkpointed():
-                await self._carry_out_durable(action)
+            case events.Record(entry=entry, tracker=tracker, steps=steps):
+                await self._ledger.run(Ledger.record, entry, tracker, steps)
+                if entry.generation == self.machine.start.generation:
+                    self._kept.note(tracker.version)
+                logger.info(
+                    "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
+                    entry.round + 1,
+                    self._context.rules.rounds,
+                    entry.samples,
+                    len(entry.contributors),
+                    entry.loss,
+                    extra={"round": entry.round},
+                )
+            case events.KeepSlices(generation=generation, tracker=tracker):
+                if generation == self.machine.start.generation:
+                    await self._ledger.run(Ledger.keep_slices, tracker)
+                    self._kept.note(tracker.version)
+            case events.FirstTheta(theta=theta):
+                await self._ledger.run(Ledger.first_theta, theta)
+            case events.Checkpointed(round=round_, place=place):
+                await self._checkpointed(round_, place)
             case events.Send():
                 self._executors.send(action)
             case events.Drop(peer=peer, reason=reason):
@@ -233,9 +248,9 @@ class WorkingJob(JobStage):
             case events.Restart():
                 await self._restart(action)
             case events.Publish(files=files):
-                result = await publish(self._context, self.ledger, self.machine, files)
+                result = await publish(self._context, self._ledger, self.machine, files)
                 self._replicating.close()
-                await self._context.replicas.forget(self.ledger, self.machine.start.job_id)
+                await self._context.replicas.forget(self._ledger, self.machine.start.job_id)
                 self._end(result)
             case events.Fail(error=error):
                 self._end(error)
@@ -246,34 +261,10 @@ class WorkingJob(JobStage):
         lease = self._executors.lost(action.peer, action.kind)
         if lease is None:
             return
-        await self.ledger.run(Ledger.lease_ended, lease.lease_id)
+        await self._ledger.run(Ledger.lease_ended, lease.lease_id)
         if to_blame:
-            await self.ledger.run(Ledger.failed, action.peer, action.reason)
+            await self._ledger.run(Ledger.failed, action.peer, action.reason)
         self._nursery.start_soon(self._context.pool.release, lease.lease_id, to_blame)
-
-    async def _carry_out_durable(self, action: events.Durable) -> None:
-        match action:
-            case events.Record(entry=entry, tracker=tracker, steps=steps):
-                await self.ledger.run(Ledger.record, entry, tracker, steps)
-                if entry.generation == self.machine.start.generation:
-                    self._kept.note(tracker.version)
-                logger.info(
-                    "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
-                    entry.round + 1,
-                    self._context.rules.rounds,
-                    entry.samples,
-                    len(entry.contributors),
-                    entry.loss,
-                    extra={"round": entry.round},
-                )
-            case events.KeepSlices(generation=generation, tracker=tracker):
-                if generation == self.machine.start.generation:
-                    await self.ledger.run(Ledger.keep_slices, tracker)
-                    self._kept.note(tracker.version)
-            case events.FirstTheta(theta=theta):
-                await self.ledger.run(Ledger.first_theta, theta)
-            case events.Checkpointed(round=round_, place=place):
-                await self._checkpointed(round_, place)
 
     async def _checkpointed(self, round_: int, place: str) -> None:
         if self._context.config.checkpoint.place == "scheduler":
@@ -286,13 +277,13 @@ class WorkingJob(JobStage):
             if not complete:
                 logger.error("A checkpoint for round %d was announced, but its files are not here", round_)
                 return
-        await self.ledger.run(Ledger.checkpoint, round_, place)
+        await self._ledger.run(Ledger.checkpoint, round_, place)
         self._context.progressed.checkpoint = round_
         self._context.progressed.checkpoint_at = trio.current_time()
         # at any other place the files are pruned by the parameter server's worker, which can write there
-        rounds = {start.round for start in await self.ledger.run(Ledger.starts) if start.place}
+        rounds = {start.round for start in await self._ledger.run(Ledger.starts) if start.place}
         for old in self._store.outdated(rounds):
-            await self.ledger.run(Ledger.forget_checkpoint, old)
+            await self._ledger.run(Ledger.forget_checkpoint, old)
             rounds.remove(old)
         if place == "scheduler":
             await in_thread(self._store.keep_only, rounds)
@@ -313,11 +304,11 @@ class WorkingJob(JobStage):
                         await pool.release(event.lease_id, avoid=True)
                     else:
                         executors.gained(event)
-                        await self.ledger.run(Ledger.lease_gained, event)
+                        await self._ledger.run(Ledger.lease_gained, event)
                 case LeaseLost(reason=reason):
-                    await self.ledger.run(Ledger.lease_ended, event.lease_id)
+                    await self._ledger.run(Ledger.lease_ended, event.lease_id)
                     if event.to_blame:
-                        await self.ledger.run(Ledger.failed, event.worker.peer, reason)
+                        await self._ledger.run(Ledger.failed, event.worker.peer, reason)
                     if executors.lost(event.worker.peer, event.kind) is not None:
                         self._handle(events.ParticipantLost(event.worker.peer, event.kind, reason))
                 case LeaseSuspect():
@@ -331,8 +322,11 @@ class WorkingJob(JobStage):
 
     async def _ticking(self) -> None:
         while True:
-            self._handle_change(events.DataServed(bool(self.dataset.providers)))
-            self._handle_change(self._held())
+            around: tuple[events.Input, ...] = (events.DataServed(bool(self.dataset.providers)), self._held())
+            for event in around:
+                if self._surroundings.get(type(event)) != event:
+                    self._surroundings[type(event)] = event
+                    self._handle(event)
             self._handle(events.TimePassed())
             # one that goes on after a restart has executors that are worth keeping
             if self.machine.phase != "loading" or self.machine.start.generation:
