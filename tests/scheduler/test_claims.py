@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.scheduler.test_ledger import opening
+from tests.scheduler.test_ledger import MANIFEST, opening
 from tests.scheduler.test_rounds import check_contributions, rules
 from tests.scheduler.world import Worker, World, received
 
@@ -429,7 +429,7 @@ def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
     assert 0 < record.entry.samples < 1000
     assert 0 < record.steps < 1000
     ledger = Ledger(tmp_path / "job.db")
-    ledger.open_job(opening(), record.tracker or world.machine.tracker.to_state())
+    ledger.open_job(opening(), MANIFEST, record.tracker or world.machine.tracker.to_state())
     ledger.record(record.entry, record.tracker, record.steps)
     assert [entry.round for entry in ledger.to_file().rounds] == [0]
     ledger.failed("c", "its executor failed")

@@ -21,8 +21,8 @@ from hypha.messages import (
     Resources,
 )
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.descriptions import Descriptions, class_names, outer_optimizer
-from hypha.scheduler.durable.starts import Generation, described
+from hypha.scheduler.descriptions import Descriptions, class_names, described, outer_optimizer
+from hypha.scheduler.durable.starts import Generation
 from hypha.scheduler.rounds.policy import Rules, Start
 from hypha.scheduler.status.view import in_words
 

@@ -120,7 +120,7 @@ async def restored(
             await stopped(run_job, config, *places)
             with closing(Ledger(state / "job.db")) as opened:
                 standing = opened.standing()
-                newest = opened.newest_start()
+                newest = opened.starts()[0].round
                 copies = opened.replicas(newest)
             assert standing is not None
             assert len(copies) == 1, "one copy was wanted"

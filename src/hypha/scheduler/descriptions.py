@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
+from hypha import features
 from hypha.config.job import (
     DEFAULT_BATCH_SIZE,
     JobConfig,
@@ -51,6 +53,8 @@ _LABELS = ("labels", "label")
 MAX_CLASS_NAMES_BYTES = 128 << 10
 
 logger = logging.getLogger(__name__)
+
+JobT = TypeVar("JobT", TrainJob, AggregateJob)
 
 
 def resources_of(config: ResourcesConfig) -> Resources:
@@ -177,6 +181,17 @@ def searches_for(
     )
 
 
+def searches_of(job: JobConfig) -> tuple[Search, Search]:
+    """Whom ``job`` looks for: as :func:`searches_for`, with the features that its descriptions need."""
+    train, aggregate = described(job, PeerRef(peer=""), "")
+    needed: dict[ExecutorClass, tuple[str, ...]] = {
+        "train": features.needs(train),
+        "aggregate": features.needs(aggregate),
+    }
+    most_batch = job.rounds.max_batch_size if job.rounds.batch_size is None else 1
+    return searches_for(job.resources, job.dataset.dataset, needed, most_batch)
+
+
 @dataclass(frozen=True)
 class Descriptions:
     """Job descriptions of one generation of a job, but for what differs by worker."""
@@ -257,7 +272,18 @@ class Descriptions:
         )
 
 
-def without_secrets(job: TrainJob | AggregateJob) -> TrainJob | AggregateJob:
+def described(
+    config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
+) -> tuple[TrainJob, AggregateJob]:
+    """The job descriptions that executors get, but for what is different for each, and for secrets; ``began``
+    is the outer optimizer that the job had so far.
+    """
+    descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
+    train, aggregate = descriptions.train("", PeerRef(peer=""), 0), descriptions.aggregate("", None)
+    return without_secrets(train), without_secrets(aggregate)
+
+
+def without_secrets(job: JobT) -> JobT:
     """The description without tokens and without what differs by generation and place, for the ledger."""
     nobody = PeerRef(peer=job.scheduler.peer)
     replace = msgspec.structs.replace

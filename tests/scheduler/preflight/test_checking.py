@@ -19,9 +19,10 @@ from hypha.errors import ConfigError
 from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.durable.database import has_trained
-from hypha.scheduler.durable.ledger import Ledger, Opening
-from hypha.scheduler.durable.starts import begins_anew, described
+from hypha.scheduler.descriptions import described
+from hypha.scheduler.durable.database import SCHEMA, left_behind
+from hypha.scheduler.durable.ledger import Ledger, Standing
+from hypha.scheduler.durable.starts import begins_anew
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
 
 PASSED = TrialReport(outcome="passed")
@@ -161,13 +162,14 @@ async def test_errors_end_the_job_with_all_of_them_and_advice_is_logged(
 
 async def test_a_job_that_has_trained_is_known_by_its_ledger(tmp_path: Path) -> None:
     path = tmp_path / "job.db"
-    assert not await has_trained(path)
+    assert not (await left_behind(path)).trained
     with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE rounds (number INTEGER)")
-        assert not await has_trained(path)
-        db.execute("INSERT INTO rounds VALUES (1)")
+        assert not (await left_behind(path)).trained
+        db.executescript(SCHEMA)
+        assert not (await left_behind(path)).trained
+        db.execute("INSERT INTO rounds VALUES (1, 0, 0, 0, 8, 'theta', '{}')")
     db.close()
-    assert await has_trained(path)
+    assert (await left_behind(path)).trained
 
 
 async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_descripti
     with closing(Ledger(path)) as ledger:
         train, aggregate = described(before, scheduler, "job-1")
         tracker = SliceTracker([part.samples for part in digits.manifest.slices]).to_state()
-        ledger.open_job(Opening("job-1", train, aggregate, digits.manifest, "h"), tracker)
+        ledger.open_job(Standing("job-1", "h", train, aggregate), digits.manifest, tracker)
         for config in (before, after):
             assert not await begins_anew(path, config, scheduler, dataset), "it is not done"
         ledger.done("out", "out")

@@ -47,25 +47,15 @@ logger = logging.getLogger(__name__)
 _RECENT_ROUNDS, _LONGEST_REASON = 200, 500
 
 
-class Opening(Struct, frozen=True):
-    """What is written when a job begins."""
-
-    job_id: str
-    train: TrainJob
-    aggregate: AggregateJob
-    manifest: Manifest
-    manifest_hash: str
-
-
 class Standing(Struct, frozen=True):
-    """What a ledger holds about its job: ``state`` is ``running`` or ``done``."""
+    """What a ledger holds about its job; ``state`` is ``running`` or ``done``."""
 
     job_id: str
-    generation: int
-    state: str
     manifest_hash: str
     train: TrainJob
     aggregate: AggregateJob
+    generation: int = 0
+    state: str = "running"
 
 
 class RoundStart(Struct, frozen=True):
@@ -113,25 +103,20 @@ class Ledger:
     def standing(self) -> Standing | None:
         """Which job this is the ledger of; ``None`` in a new one."""
         row = self._db.execute(
-            "SELECT job_id, generation, state, manifest_hash, train, aggregate FROM job"
+            "SELECT job_id, manifest_hash, train, aggregate, generation, state FROM job"
         ).fetchone()
         if row is None:
             return None
-        train, aggregate = decode_json(row[4], TrainJob), decode_json(row[5], AggregateJob)
-        return Standing(row[0], row[1], row[2], row[3], train, aggregate)
+        train, aggregate = decode_json(row[2], TrainJob), decode_json(row[3], AggregateJob)
+        return Standing(row[0], row[1], train, aggregate, row[4], row[5])
 
-    def open_job(self, opening: Opening, tracker: TrackerState) -> None:
+    def open_job(self, job: Standing, manifest: Manifest, tracker: TrackerState) -> None:
+        """A new one, which has no generation yet but its first."""
         with self._db:
             self._db.execute(
                 "INSERT INTO job (one, job_id, generation, state, manifest_hash, train, aggregate, manifest)"
                 " VALUES (1, ?, 0, 'running', ?, ?, ?, ?)",
-                (
-                    opening.job_id,
-                    opening.manifest_hash,
-                    _text(opening.train),
-                    _text(opening.aggregate),
-                    _text(opening.manifest),
-                ),
+                (job.job_id, job.manifest_hash, _text(job.train), _text(job.aggregate), _text(manifest)),
             )
             self._start(0, 0, tracker)
             self._set_slices(tracker)
@@ -243,12 +228,6 @@ class Ledger:
         if not round_:
             (theta,) = self._db.execute("SELECT theta FROM job").fetchone()
         return int(round_), int(steps), str(theta)
-
-    def newest_start(self) -> int:
-        row = self._db.execute(
-            "SELECT MAX(starts.round) FROM starts JOIN checkpoints ON checkpoints.round = starts.round"
-        ).fetchone()
-        return int(row[0] or 0)
 
     def lease_gained(self, lease: LeaseGained) -> None:
         """This lease is held, so that another scheduler can go on with it if this one is killed."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import trio
 
 from hypha.config.job import JobConfig
@@ -15,9 +16,10 @@ from hypha.errors import JobFailed, NetworkError, OutputError
 from hypha.messages import JobStamp, LedgerFile, PeerRef, SaveCheckpoint, Steer
 from hypha.node import Node
 from hypha.runtime import in_thread
+from hypha.scheduler.descriptions import described
 from hypha.scheduler.durable.export import Published, absolute_place, local_directory
 from hypha.scheduler.durable.ledger import Ledger, export_ledger, open_ledger
-from hypha.scheduler.durable.starts import described, different
+from hypha.scheduler.durable.starts import differences
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.job.states import JobContext, JobResult
 from hypha.scheduler.rounds.events import Action, Durable
@@ -96,7 +98,7 @@ async def finished_job(state_dir: Path, config: JobConfig) -> JobResult | None:
             ledger.close()
         began = standing.aggregate.optimizer
         train, aggregate = described(config, PeerRef(peer=""), standing.job_id, began)
-        if different((train, aggregate), (standing.train, standing.aggregate)):
+        if differences(msgspec.structs.replace(standing, train=train, aggregate=aggregate), standing):
             return None
         counted = [entry for entry in file.rounds if not entry.discarded]
         if not counted or len(counted) < config.rounds.update_rounds:
@@ -138,7 +140,7 @@ async def save_last(
             break
         if isinstance(action, Durable):
             await carry_out(action)
-    newest, asked_for = await ledger.run(Ledger.newest_start), machine.round
+    newest, asked_for = await _newest_start(ledger), machine.round
     server = machine.server if machine.server_ready and machine.phase not in ("done", "failed") else None
     if server is not None and newest < asked_for:
         with trio.move_on_after(timeout_s):
@@ -148,7 +150,7 @@ async def save_last(
                     action = await todo.receive()
                     if isinstance(action, Durable):
                         await carry_out(action)
-                        newest = await ledger.run(Ledger.newest_start)
+                        newest = await _newest_start(ledger)
                 nursery.cancel_scope.cancel()
     fields = {"job_id": machine.start.job_id}
     if newest < machine.round:
@@ -156,6 +158,10 @@ async def save_last(
         logger.warning(text, machine.round, newest, extra=fields)
     else:
         logger.info("The job will go on from round %d", newest, extra=fields)
+
+
+async def _newest_start(ledger: Ledger) -> int:
+    return (await ledger.run(Ledger.starts))[0].round
 
 
 async def _request_save(node: Node, server: PeerRef, stamp: JobStamp, round_: int) -> None:

@@ -13,7 +13,7 @@ from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated
 from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
-from hypha.scheduler.durable.database import has_trained, held_leases, known_manifest
+from hypha.scheduler.durable.database import LeftBehind, left_behind
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
 from hypha.scheduler.job.states import JobContext
@@ -51,14 +51,14 @@ async def open_job(
     closes the ledger. Raises :class:`hypha.errors.HyphaError`.
     """
     config, ledger_path = context.config, context.state.ledger
-    left = tuple(await held_leases(ledger_path))
-    trained = not fresh and (bool(left) or await has_trained(ledger_path))
+    left = await left_behind(ledger_path)
+    trained = not fresh and (bool(left.leases) or left.trained)
     # a child process has no virtual clock
     wanted = "quick" if config.check == "full" and is_simulated() else config.check
     checks = "none" if trained else wanted
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
-        dataset = await _find(context, fresh, left, nursery, enter)
+        dataset = await _find(context, None if fresh else left, nursery, enter)
         if checks != "none":
             await _check(config, dataset, trial, enter)
     # the name of a job that is done, used for the next experiment: a new one for the check too
@@ -70,7 +70,7 @@ async def open_job(
     ledger, generation = await first_generation(
         context.state, config, context.node.ref(), dataset, context.replicas, fresh
     )
-    return Opened(dataset, ledger, generation, left)
+    return Opened(dataset, ledger, generation, left.leases)
 
 
 async def _check(
@@ -82,20 +82,18 @@ async def _check(
 
 async def _find(
     context: JobContext,
-    fresh: bool,
-    left: tuple[LeaseGained, ...],
+    left: LeftBehind | None,
     nursery: trio.Nursery,
     enter: Callable[[str], None],
 ) -> ServedDataset:
     config, node, pool = context.config, context.node, context.pool
     enter("waiting for a gateway")
     await node.wait_connected()
-    if not fresh:
+    if left is not None:
         # they expire: they are renewed while everything else is looked for
-        pool.adopt(left)
+        pool.adopt(left.leases)
     await nursery.start(pool.run)
     name = config.dataset.dataset
-    known = None if fresh else await known_manifest(context.state.ledger)
     enter(f"looking for the dataset {name}")
     dataset = await find_dataset(
         node,
@@ -103,7 +101,7 @@ async def _find(
         config.dataset.wait_s,
         lambda why: enter(f"looking for the dataset {name}: {why}"),
         Pins.of(config.dataset),
-        ManifestChoice(config.dataset.manifest_hash, known),
+        ManifestChoice(config.dataset.manifest_hash, None if left is None else left.manifest_hash),
     )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",

@@ -208,8 +208,6 @@ class RunningJob:
         else:
             logger.info("What the scheduler decided last is in %s", path)
 
-    # --- what is seen of it ---------------------------------------------------------------------------
-
     @contextmanager
     def _shown(self) -> Iterator[None]:
         """Traces and metrics of this run, from what its machines note."""

@@ -10,15 +10,12 @@ import trio
 
 from hypha.config.job import JobConfig
 from hypha.errors import HyphaError
-from hypha.features import needs
 from hypha.journal import Journal
-from hypha.messages import PeerRef
 from hypha.node import Node
 from hypha.scheduler.data.datasets import ServedDataset
-from hypha.scheduler.descriptions import searches_for
+from hypha.scheduler.descriptions import searches_of
 from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.replicas import Replicas
-from hypha.scheduler.durable.starts import described
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.handlers import ServedDirectory
 from hypha.scheduler.leasing.events import SearchTimes
@@ -77,13 +74,6 @@ class JobContext:
             offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s
         )
         traces = RoundTraces(observation.trace_ratio)
-        train, aggregate = described(config, PeerRef(peer=""), "")
-        searches = searches_for(
-            resources,
-            config.dataset.dataset,
-            {"train": needs(train), "aggregate": needs(aggregate)},
-            config.rounds.max_batch_size if config.rounds.batch_size is None else 1,
-        )
         return cls(
             config=config,
             rules=Rules.from_config(config),
@@ -91,7 +81,7 @@ class JobContext:
             state=state,
             output=output,
             directories=directories,
-            pool=Pool(node, searches, times, journal=journal, traces=traces),
+            pool=Pool(node, searches_of(config), times, journal=journal, traces=traces),
             replicas=Replicas(node, config.name),
             progressed=Progressed(),
             journal=journal,

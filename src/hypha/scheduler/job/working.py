@@ -86,7 +86,7 @@ class WorkingJob(JobStage):
         self._replicating = Replicating(
             context.replicas,
             opened.ledger,
-            context.state,
+            self._store,
             lambda: self.machine.start.stamp,
             lambda: context.pool.leases,
             context.config.checkpoint.replicas,
@@ -107,7 +107,7 @@ class WorkingJob(JobStage):
         self._nursery.start_soon(self._ticking)
         starts = await self._ledger.run(Ledger.starts)
         if starts and starts[0].place == "scheduler":
-            self._replicating.put(starts[0].round, self._store)
+            self._replicating.put(starts[0].round)
         self._nursery.start_soon(self._replicating.run)
         async for action in self._actions:
             # whenever the job is to stop, what the ledger has begun to write is finished
@@ -123,8 +123,6 @@ class WorkingJob(JobStage):
         """Send all executors their end, for at most ``timeout_s``; refuse requests for slices that wait."""
         self._kept.close()
         await self._executors.finish(reason, timeout_s)
-
-    # --- generations ----------------------------------------------------------------------------------------
 
     def _use(self, generation: Generation, carried: CarriedOver) -> None:
         """Of its slices, workers that are not leased any more lose theirs; its machine gets what was
@@ -181,8 +179,6 @@ class WorkingJob(JobStage):
         self._use(generation, restart.carried)
         self._begin_generation()
 
-    # --- events ---------------------------------------------------------------------------------------
-
     def _handle(self, event: events.Input) -> events.AnswerSlice | None:
         """Have the machine handle ``event``. What follows is carried out in order, and soon; the reply to a
         request for a slice is returned.
@@ -205,8 +201,6 @@ class WorkingJob(JobStage):
         if server is None or server.peer != peer:
             return False
         return stamp is not None and stamp.generation == generation
-
-    # --- actions --------------------------------------------------------------------------------------
 
     async def _carry_out(self, action: events.Action) -> None:
         match action:
@@ -287,9 +281,7 @@ class WorkingJob(JobStage):
             rounds.remove(old)
         if place == "scheduler":
             await in_thread(self._store.keep_only, rounds)
-            self._replicating.put(round_, self._store)
-
-    # --- leases ---------------------------------------------------------------------------------------
+            self._replicating.put(round_)
 
     async def _leases(self) -> None:
         executors, pool = self._executors, self._context.pool
@@ -317,8 +309,6 @@ class WorkingJob(JobStage):
                     self._handle(events.ParticipantLeaves(event.worker.peer, event.kind, left_s))
                 case LeaseRecovered():
                     self._handle(events.Reachable(event.worker.peer, event.kind))
-
-    # --- time -----------------------------------------------------------------------------------------
 
     async def _ticking(self) -> None:
         while True:

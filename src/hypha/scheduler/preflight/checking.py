@@ -24,7 +24,7 @@ from hypha.decoding import decode
 from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.starts import described
+from hypha.scheduler.descriptions import described
 from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.known import JOB, ModelDescription, PreflightFinding, describe_model, printable
 from hypha.scheduler.preflight.trial import ModelTrial

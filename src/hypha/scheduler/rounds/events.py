@@ -18,8 +18,6 @@ from hypha.messages import Event as ExecutorEvent
 from hypha.scheduler.data.slices import Assignment, TrackerState
 from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
 
-# --- in -----------------------------------------------------------------------------------------------
-
 
 class Joined(Struct, frozen=True, tag=True):
     """An executor was started under a lease; ``batch_size`` matters for training ones."""
@@ -168,8 +166,6 @@ Input = (
     | SliceAsked
     | Disregarded
 )
-
-# --- out ----------------------------------------------------------------------------------------------
 
 
 class Send(Struct, frozen=True, tag=True):

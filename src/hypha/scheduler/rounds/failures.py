@@ -124,8 +124,6 @@ class Failures:
             return ExecutorFailed(text) if cause == "exit" else JobFailed(text)
         return None
 
-    # --- training executors ---------------------------------------------------------------------------
-
     def forget(self, peer: str) -> None:
         """Its lease is gone, so there is nothing to be started again."""
         self._failing = {key: one for key, one in self._failing.items() if one.peer != peer}

@@ -116,8 +116,6 @@ class RoundMachine(ExecutorReports):
             self.keep_slices()
         self.decide(events.AnswerSlice(caller, seq, got, self.tracker.version, self.ahead))
 
-    # --- phases ---------------------------------------------------------------------------------------
-
     def _advance(self, now: float) -> None:
         """What time, or the sum of what was said, asks for."""
         if self.over or self.phase in ("exporting", "done", "failed"):

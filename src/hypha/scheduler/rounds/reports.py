@@ -92,8 +92,6 @@ class ExecutorReports(RoundState):
         for told in sorted(early, key=lambda told: isinstance(told.event, RoundApplied)):
             self.told(told, now)
 
-    # --- the parameter server -----------------------------------------------------------------------
-
     def _server_told(self, told: Told, now: float) -> None:
         event = told.event
         match event:
@@ -237,8 +235,6 @@ class ExecutorReports(RoundState):
         else:
             self.broadcast |= self.holders()
             self.open_round(now)
-
-    # --- training executors -----------------------------------------------------------------------
 
     def _worker_told(self, member: Member, told: Told, now: float) -> None:
         event = told.event

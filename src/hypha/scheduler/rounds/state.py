@@ -141,8 +141,6 @@ class RoundState:
         spent_s = min(_OUTER_STEP_S, (leaves.at - leaves.since) / 4.0)
         return Leave(leaves.at - spent_s, leaves.since)
 
-    # --- who is here ----------------------------------------------------------------------------------
-
     def join(self, event: Joined, now: float) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
@@ -206,8 +204,6 @@ class RoundState:
         self.tracker.lose(member.peer)
         self.planner.upset()
 
-    # --- failures and ends ----------------------------------------------------------------------------
-
     def decide(self, action: Action) -> None:
         """What ends the job is the machine's end, too."""
         if isinstance(action, Fail):
@@ -238,8 +234,6 @@ class RoundState:
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
         self.keep_slices()
         self.decide(Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model)))
-
-    # --- what was said --------------------------------------------------------------------------------
 
     def is_early(self, round_: int) -> bool:
         """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
@@ -283,8 +277,6 @@ class RoundState:
         size = member.batch_size if member is not None and same else None
         most = self.rules.most_batch_size
         return contribution_problem(part, size, self.tracker.samples, most)
-
-    # --- slices ---------------------------------------------------------------------------------------
 
     def next_slice(self, asked: SliceAsked) -> Assignment | str:
         """The next slice of whoever asks, or why there is none right now."""
@@ -338,8 +330,6 @@ class RoundState:
         self.kept = self.tracker.version
         self.decide(KeepSlices(self.start.generation, self.tracker.to_state()))
 
-    # --- what is said ---------------------------------------------------------------------------------
-
     def send_model(self, member: Member, now: float) -> None:
         """Theta of the open round for ``member``, which begins it."""
         member.enter(now)
@@ -387,8 +377,6 @@ class RoundState:
     def to_server(self, directive: Directive) -> None:
         if self.server is not None:
             self.decide(Send(self.server, "aggregate", directive))
-
-    # --- for people and tests -------------------------------------------------------------------------
 
     def log(self, level: int, worker: str, text: str, *details: object) -> None:
         """About ``worker``."""
