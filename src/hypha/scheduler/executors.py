@@ -61,20 +61,16 @@ class _Executor:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """The generation that executors are started for; ``steps`` are the inner steps of the job so far."""
-
-    descriptions: Descriptions
-    generation: Generation
-    steps: Callable[[], int]
-
-
 class JobExecutors:
     """``handle`` gets what happens here as events of the round machine. Leases ``left`` by an earlier
-    scheduler may have executors. What is dispatched is traced as ``traces`` decide. Nothing is started before
-    the first :meth:`begin_generation`.
+    scheduler may have executors. What is dispatched is traced as ``traces`` decide. :meth:`begin_generation`
+    comes first.
     """
+
+    _descriptions: Descriptions
+    _generation: Generation
+    #: the inner steps of the job so far
+    _steps: Callable[[], int]
 
     def __init__(
         self,
@@ -90,7 +86,6 @@ class JobExecutors:
         self._traces = traces
         self._executors: dict[Key, _Executor] = {}
         self.leases: dict[Key, LeaseGained] = {(lease.worker.peer, lease.kind): lease for lease in left}
-        self._begun: _Begun | None = None
         #: leases under which an executor of this job may run
         self._started = {lease.lease_id for lease in self.leases.values()}
         self._batches_logged = False
@@ -114,7 +109,7 @@ class JobExecutors:
         """
         for key in list(self._executors):
             self._executors.pop(key).scope.cancel()
-        self._begun = _Begun(descriptions, generation, steps)
+        self._descriptions, self._generation, self._steps = descriptions, generation, steps
         self._start_waiting()
 
     def gained(self, lease: LeaseGained) -> None:
@@ -135,8 +130,8 @@ class JobExecutors:
             executor.steering.put(action.directive)
 
     def _start_waiting(self) -> None:
-        begun, server = self._begun, self.server
-        if begun is None or server is None:
+        server, descriptions = self.server, self._descriptions
+        if server is None:
             return
         for key, lease in self.leases.items():
             if lease.kind == "aggregate" and lease.worker != server:
@@ -145,32 +140,31 @@ class JobExecutors:
             if key in self._executors:
                 continue
             train = lease.kind == "train"
-            rejoins = lease.lease_id in self._started and (train or begun.generation.start.taken_over)
-            batch = begun.descriptions.batch_size(lease.resources) if train else 1
-            executor = _Executor(lease, self._steering(lease, begun), batch, rejoins)
-            self._executors[key] = executor
+            rejoins = lease.lease_id in self._started and (train or self._generation.start.taken_over)
+            batch = descriptions.batch_size(lease.resources) if train else 1
             if train:
-                self._log_batches(begun.descriptions.config.rounds, batch, lease)
+                self._log_batches(descriptions.config.rounds, batch, lease)
             # before the worker gets the job, as its first event may overtake the reply
             self._handle(Joined(lease.worker, lease.kind, batch))
-            self._nursery.start_soon(self._run, executor, begun, server)
+            self._start(_Executor(lease, self._steering(lease), batch, rejoins))
 
     def again(self, peer: str, instead_of: str, pause_s: float) -> None:
-        """Start the training executor there once more; nothing when its lease, or the generation, is over."""
-        key: Key = (peer, "train")
-        failed, begun, server = self._executors.get(key), self._begun, self.server
-        if failed is None or begun is None or server is None:
-            return
-        failed.scope.cancel()
-        lease, steering = failed.lease, self._steering(failed.lease, begun)
-        executor = _Executor(lease, steering, failed.batch_size, False, instead_of, pause_s)
-        self._executors[key] = executor
-        self._nursery.start_soon(self._run, executor, begun, server)
+        """Start the training executor there once more; nothing when its lease is over."""
+        failed = self._executors.get((peer, "train"))
+        if failed is not None:
+            failed.scope.cancel()
+            lease, batch = failed.lease, failed.batch_size
+            self._start(_Executor(lease, self._steering(lease), batch, False, instead_of, pause_s))
 
-    def _steering(self, lease: LeaseGained, begun: _Begun) -> Steering:
-        start = begun.generation.start
+    def _steering(self, lease: LeaseGained) -> Steering:
+        start = self._generation.start
         before = start.generation << 32
         return Steering(self._node, lease.worker, lease.kind, start.stamp, before, self._traces)
+
+    def _start(self, executor: _Executor) -> None:
+        lease = executor.lease
+        self._executors[lease.worker.peer, lease.kind] = executor
+        self._nursery.start_soon(self._run, executor)
 
     def _log_batches(self, rounds: RoundsConfig, batch: int, lease: LeaseGained) -> None:
         """Once, how large batches are where the configuration leaves it open."""
@@ -185,11 +179,13 @@ class JobExecutors:
             extra={"worker_peer_id": lease.worker.peer, "lease_id": lease.lease_id},
         )
 
-    async def _run(self, executor: _Executor, begun: _Begun, server: PeerRef) -> None:
-        descriptions, generation = begun.descriptions, begun.generation
+    async def _run(self, executor: _Executor) -> None:
+        descriptions, generation, server = self._descriptions, self._generation, self.server
         lease, peer = executor.lease, executor.lease.worker.peer
         fields = {"worker_peer_id": peer, "job_id": generation.start.job_id, "lease_id": lease.lease_id}
         with executor.scope:
+            if server is None:
+                return  # another generation begins
             if executor.rejoins and await self._rejoin(executor, generation, server, fields):
                 await executor.steering.run()
                 return
@@ -208,7 +204,7 @@ class JobExecutors:
             self._started.add(lease.lease_id)
             job: Job
             if lease.kind == "train":
-                job = descriptions.train(peer, server, executor.batch_size, begun.steps())
+                job = descriptions.train(peer, server, executor.batch_size, self._steps())
             else:
                 job = descriptions.aggregate(peer, generation.restore(descriptions.scheduler))
             if await self._dispatch(job, executor, fields):
@@ -260,16 +256,13 @@ class JobExecutors:
 
     async def finish(self, reason: str, timeout_s: float) -> None:
         """Send all executors their last directive, for at most ``timeout_s``."""
-        executors, begun = list(self._executors.values()), self._begun
+        executors, stamp = list(self._executors.values()), self._generation.start.stamp
         self._executors.clear()
-        if begun is None:
-            return
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
                 for executor in executors:
                     executor.scope.cancel()
-                    lease, stamp = executor.lease, begun.generation.start.stamp
-                    finish = Finish(reason=reason)
+                    lease, finish = executor.lease, Finish(reason=reason)
                     last = Steer(stamp=stamp, kind=lease.kind, seq=_LAST_SEQ, directive=finish)
                     peer, what = lease.worker.peer, "The last directive"
                     nursery.start_soon(self._try_once, peer, last, timeout_s, what)

@@ -229,13 +229,11 @@ class FileHandlers:
 
     async def _list_files(self, caller: str, request: ListFiles) -> FileList:
         self._invited(caller, request)
-        kind, _, rest = request.kind.partition("/")
-        name = request.name or rest
-        if kind == "checkpoint" and name.isdecimal():
-            return await in_thread(self.store.files, int(name))
-        if kind not in self.directories or name:
+        if request.kind == "checkpoint" and request.name.isdecimal():
+            return await in_thread(self.store.files, int(request.name))
+        if request.kind not in self.directories or request.name:
             raise Refused("not-found", f"there is no resource {request.kind} {request.name}".rstrip())
-        return await self.directories[kind].list()
+        return await self.directories[request.kind].list()
 
     async def _directory_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         self._invited(caller, request)

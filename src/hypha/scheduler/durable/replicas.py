@@ -31,14 +31,18 @@ from hypha.messages import (
     JobStamp,
     PeerRef,
     PullFile,
-    TransferMeta,
     replica_name,
 )
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory, safe_relative
+from hypha.scheduler.durable.state_directory import (
+    CheckpointStore,
+    StateDirectory,
+    checkpoint_meta,
+    safe_relative,
+)
 from hypha.scheduler.leasing.events import LeaseGained
 
 logger = logging.getLogger(__name__)
@@ -169,20 +173,17 @@ class Replicas:
         await self._drop_all({(worker.peer, index.job_id): worker for worker, index in copies})
 
     async def _drop_all(self, wanted: dict[tuple[str, str], PeerRef]) -> None:
+        async def drop(worker: PeerRef, job_id: str) -> None:
+            try:
+                await self.node.request(worker, DropCheckpoints(job_id=job_id), timeout_s=_DROP_S)
+            except NetworkError as exc:
+                text = "A request to drop copies was not delivered; the worker keeps them for now: %s"
+                logger.debug(text, exc, extra={"worker_peer_id": worker.peer})
+
         with trio.move_on_after(_DROP_S):
             async with trio.open_nursery() as nursery:
                 for (_, job_id), worker in wanted.items():
-                    nursery.start_soon(self._drop, worker, job_id)
-
-    async def _drop(self, worker: PeerRef, job_id: str) -> None:
-        try:
-            await self.node.request(worker, DropCheckpoints(job_id=job_id), timeout_s=_DROP_S)
-        except NetworkError as exc:
-            logger.debug(
-                "A request to drop copies was not delivered; the worker keeps them for now: %s",
-                exc,
-                extra={"worker_peer_id": worker.peer},
-            )
+                    nursery.start_soon(drop, worker, job_id)
 
     async def _ask_around(self, patience_s: float = 0.0) -> list[Copy]:
         """All copies of jobs of this name that the DHT leads to; a worker that does not reply is asked
@@ -262,7 +263,7 @@ class Replicas:
                 # whole and verified, from another worker; the hash is the same
                 continue
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            expect = _meta(index, file)
+            expect = checkpoint_meta(index.round, file)
             what = PullFile(kind="checkpoint", name=expect.name, job_id=index.job_id)
             await self.node.transfers.pull(worker, what, path, expect, file.size)
 
@@ -385,12 +386,7 @@ class Replicating:
                 raise Refused("internal", f"{', '.join(answer.missing)} did not stay there", worker.peer)
             for name in answer.missing:
                 path = ledger if name == LEDGER else self.store.path(index.round, name)
-                await node.transfers.send(worker, path, _meta(index, files[name], stamp))
-
-
-def _meta(index: CheckpointIndex, file: CheckpointFile, stamp: JobStamp | None = None) -> TransferMeta:
-    name = f"{index.round}/{file.name}"
-    return TransferMeta(kind="checkpoint", name=name, size=file.size, blake3=file.blake3, stamp=stamp)
+                await node.transfers.send(worker, path, checkpoint_meta(index.round, files[name], stamp))
 
 
 def _ledger_of(index: CheckpointIndex) -> CheckpointIndex:

@@ -72,7 +72,6 @@ class WorkingJob(JobStage):
         node = context.node
         left = opened.left if opened.resumed else ()
         self._executors = JobExecutors(node, nursery, self._handle, left, context.traces)
-        self._use(opened.generation, CarriedOver())
         self._file_handlers = FileHandlers(
             node, context.directories, self._store, self._executors.holds, self._is_server
         )
@@ -91,11 +90,11 @@ class WorkingJob(JobStage):
             lambda: context.pool.leases,
             context.config.checkpoint.replicas,
         )
+        self._begin(opened.generation, CarriedOver())
 
     async def run(self) -> None:
         """Until ``end`` was called, or cancelled."""
         self._file_handlers.open()
-        self._begin_generation()
         self._request_handlers.open()
         pool = self._context.pool
         for record in await self._ledger.run(Ledger.track_records):
@@ -124,7 +123,7 @@ class WorkingJob(JobStage):
         self._kept.close()
         await self._executors.finish(reason, timeout_s)
 
-    def _use(self, generation: Generation, carried: CarriedOver) -> None:
+    def _begin(self, generation: Generation, carried: CarriedOver) -> None:
         """Of its slices, workers that are not leased any more lose theirs; its machine gets what was
         ``carried`` over.
         """
@@ -138,12 +137,9 @@ class WorkingJob(JobStage):
         self._kept = KeptSlices()
         #: what its machine was given of its surroundings last
         self._surroundings: dict[type, events.Input] = {}
-        self.machine = RoundMachine(
+        self.machine = machine = RoundMachine(
             context.rules, generation.start, tracker, context.node.ref(), carried, context.journal
         )
-
-    def _begin_generation(self) -> None:
-        context, generation, machine = self._context, self._generation, self.machine
         manifest = self.dataset.manifest
         descriptions = Descriptions(
             context.config,
@@ -176,8 +172,7 @@ class WorkingJob(JobStage):
             extra={"job_id": generation.start.job_id},
         )
         self._kept.close()
-        self._use(generation, restart.carried)
-        self._begin_generation()
+        self._begin(generation, restart.carried)
 
     def _handle(self, event: events.Input) -> events.AnswerSlice | None:
         """Have the machine handle ``event``. What follows is carried out in order, and soon; the reply to a

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from hypha.backoff import pause_after
 from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
-from hypha.messages import ExecutorClass, ExecutorError, ExecutorExited
+from hypha.messages import ExecutorError, ExecutorExited
 from hypha.scheduler.rounds.events import Again, Drop, Fail
 from hypha.scheduler.rounds.policy import CarriedOver
 
@@ -50,7 +50,6 @@ class Failures:
         #: incarnations that take no part any more
         self.over: set[str] = set()
         self.in_a_row = carried.in_a_row
-        self._model = {(peer, kind): message for peer, kind, message in carried.model}
         #: workers whose loss, or update, was not finite, each as often
         self._not_finite = Counter(dict(carried.not_finite))
         #: how often a worker's executor was started again since a round that holds its update
@@ -64,7 +63,6 @@ class Failures:
         """For the next generation."""
         return CarriedOver(
             in_a_row=self.in_a_row,
-            model=tuple((peer, kind, message) for (peer, kind), message in self._model.items()),
             not_finite=tuple(self._not_finite.items()),
             restarts=tuple(self.restarts.items()),
             short_since=short_since,
@@ -75,15 +73,12 @@ class Failures:
     def applied(self, contributors: Iterable[str]) -> None:
         """A round was applied: what failed before was overcome, and those did their part."""
         self.in_a_row = 0
-        self._model.clear()
         self._alike.clear()
         self._not_finite.clear()
         for peer in contributors:
             self.restarts.pop(peer, None)
 
-    def add(
-        self, peer: str, kind: ExecutorClass, message: str, cause: str, others: Collection[str]
-    ) -> HyphaError | None:
+    def add(self, peer: str, message: str, cause: str, others: Collection[str]) -> HyphaError | None:
         """Count one; the error with which the job ends if that was too much. ``others`` are the further
         workers that are in the job now.
 
@@ -100,13 +95,6 @@ class Failures:
             left = len(set(others) - said.keys())
             if said.total() > 1 and (left == 0 or len(said) > max(1, left)):
                 return _of_the_job(cause, message, said.total())
-        if cause == "model":
-            self._model[peer, kind] = message
-            left = len(set(others) - {one for one, _ in self._model})
-            if len(self._model) > max(1, left):
-                return ModelError(
-                    f"the model cannot be used: {message} (said by {len(self._model)} executors)"
-                )
         if cause == "not-finite":
             self._not_finite[peer] += 1
             times = self._not_finite.total()
@@ -166,7 +154,7 @@ class Failures:
     def _judge(
         self, peer: str, incarnation: str, message: str, cause: str, others: Collection[str] = ()
     ) -> Decision:
-        error = self.add(peer, "train", message, cause, others)
+        error = self.add(peer, message, cause, others)
         if error is not None:
             return Fail(error)
         if cause == "model" or self.restarts[peer] >= self._most_restarts:
@@ -185,8 +173,12 @@ def _of_the_job(cause: str, message: str, times: int) -> HyphaError:
 
 
 def _fingerprint(cause: str, message: str) -> str:
-    """What is the same in two messages about one mistake, on two batches: the first line, without numbers."""
-    return cause + re.sub(r"[-+]?\d[\d.,e+-]*", "#", message.partition("\n")[0])
+    """What is the same in two messages about one mistake: of two batches the first line, without numbers; a
+    model is one for all executors.
+    """
+    return (
+        cause if cause == "model" else cause + re.sub(r"[-+]?\d[\d.,e+-]*", "#", message.partition("\n")[0])
+    )
 
 
 def exit_text(event: ExecutorExited) -> str:

@@ -19,16 +19,9 @@ from hypha.messages import (
     UpdateRefused,
     UpdateSent,
 )
+from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.closing import PATIENCE, STALLED, RoundContributions
-from hypha.scheduler.rounds.events import (
-    Checkpointed,
-    LetGo,
-    Publish,
-    Record,
-    Reported,
-    Told,
-    with_early,
-)
+from hypha.scheduler.rounds.events import Told
 from hypha.scheduler.rounds.failures import exit_text
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.rounds.planning import Planner
@@ -105,10 +98,10 @@ class ExecutorReports(RoundState):
                 self._round_applied(told, event, now)
             case CheckpointSaved():
                 self.saved = max(self.saved, event.round)
-                self.decide(Checkpointed(event.round, event.place))
+                self.decide(events.Checkpointed(event.round, event.place))
             case Exported() if self.phase == "exporting":
                 self.phase = "done"
-                self.decide(Publish(event.files))
+                self.decide(events.Publish(event.files))
             case ExecutorError(kind="checkpoint") if self.phase == "loading" and self.start.round:
                 # no fault of its worker
                 self.restart(event.message, unusable=True)
@@ -149,7 +142,7 @@ class ExecutorReports(RoundState):
 
     def _update_received(self, told: Told, event: UpdateReceived, now: float) -> None:
         if self.is_early(event.round):
-            self.early = with_early(self.early, told)
+            self.early = events.with_early(self.early, told)
             return
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
             self.counts["stale round"] += 1
@@ -202,7 +195,7 @@ class ExecutorReports(RoundState):
             return
         if early or not self.updates.accepted.keys() >= set(event.contributors):
             # it overtook the report of an update, without which the ledger would lack what is in the mean
-            self.early = with_early(self.early, told)
+            self.early = events.with_early(self.early, told)
             return
         entry = self.updates.entry(event, self.start.generation, now)
         for part in entry.contributors:
@@ -229,7 +222,7 @@ class ExecutorReports(RoundState):
         # the ledger has them with the round
         self.kept = self.tracker.version
         # the record is to hold what those who are dropped give back, and comes before that they are
-        self.decided.insert(begun, Record(entry, self.tracker.to_state(), self.steps))
+        self.decided.insert(begun, events.Record(entry, self.tracker.to_state(), self.steps))
         if self.round >= self.rules.rounds:
             self._export()
         else:
@@ -252,7 +245,8 @@ class ExecutorReports(RoundState):
                 if self.phase == "exporting":
                     pass  # nobody needs it any more
                 elif member.leaves is not None:
-                    self.decide(LetGo(member.peer, "train", "its worker leaves, and its executor has ended"))
+                    text = "its worker leaves, and its executor has ended"
+                    self.decide(events.LetGo(member.peer, "train", text))
                 elif judged := self.failures.failed(member.peer, told.incarnation, event, now, others):
                     self.decide(judged)
                 self.lose(member.peer, "train", "its executor failed")
@@ -272,7 +266,7 @@ class ExecutorReports(RoundState):
 
     def _round_started(self, member: Member, told: Told, event: RoundStarted, now: float) -> None:
         if self.is_early(event.round):
-            self.early = with_early(self.early, told)
+            self.early = events.with_early(self.early, told)
         elif event.round != self.round or not member.in_round:
             self.counts["stale round"] += 1
         elif event.attempt < member.attempt:
@@ -294,7 +288,7 @@ class ExecutorReports(RoundState):
             member.start(self.round, now)
             self.planner.upset()
 
-    def progress_reported(self, event: Reported, now: float) -> None:
+    def progress_reported(self, event: events.Reported, now: float) -> None:
         member, stamp, report = self.members.get(event.sender), event.stamp, event.progress
         if member is None or stamp.job_id != self.start.job_id:
             self.counts["uninvited"] += 1

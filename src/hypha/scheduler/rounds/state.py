@@ -22,21 +22,9 @@ from hypha.messages import (
 )
 from hypha.rules.contributions import contribution_problem
 from hypha.scheduler.data.slices import Assignment, SliceTracker
+from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.closing import RoundContributions
-from hypha.scheduler.rounds.events import (
-    Action,
-    Drop,
-    Fail,
-    Joined,
-    KeepSlices,
-    LeasesHeld,
-    LetGo,
-    ParticipantLeaves,
-    Restart,
-    Send,
-    SliceAsked,
-    Told,
-)
+from hypha.scheduler.rounds.events import Action, Told
 from hypha.scheduler.rounds.failures import Failures
 from hypha.scheduler.rounds.participants import Leave, Member
 from hypha.scheduler.rounds.planning import Planner
@@ -90,7 +78,7 @@ class RoundState:
         #: whether any data node serves the dataset
         self.served = True
         #: as was said last
-        self.leases: LeasesHeld | None = None
+        self.leases: events.LeasesHeld | None = None
         self.short_since = carried.short_since
         #: whose executors had it in the generation before; those of others may load it for as long as it
         #: takes
@@ -141,7 +129,7 @@ class RoundState:
         spent_s = min(_OUTER_STEP_S, (leaves.at - leaves.since) / 4.0)
         return Leave(leaves.at - spent_s, leaves.since)
 
-    def join(self, event: Joined, now: float) -> None:
+    def join(self, event: events.Joined, now: float) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
             self.server, self.server_at, self.server_leaves = event.ref, None, None
@@ -169,7 +157,7 @@ class RoundState:
         if member.loaded:
             self.tell_members()
 
-    def leaves(self, event: ParticipantLeaves, now: float) -> None:
+    def leaves(self, event: events.ParticipantLeaves, now: float) -> None:
         """Its worker ends soon: what it has trained by then is to count, and the others share the rest."""
         server = self.server is not None and self.server.peer == event.peer
         member = self.members.get(event.peer)
@@ -185,7 +173,7 @@ class RoundState:
     def let_go(self, peer: str, kind: ExecutorClass) -> None:
         """It ends soon, and nothing more can come of it."""
         reason = "its worker leaves"
-        self.decide(LetGo(peer, kind, reason))
+        self.decide(events.LetGo(peer, kind, reason))
         self.lose(peer, kind, reason)
 
     def set_absent(self, peer: str, absent: bool) -> None:
@@ -206,7 +194,7 @@ class RoundState:
 
     def decide(self, action: Action) -> None:
         """What ends the job is the machine's end, too."""
-        if isinstance(action, Fail):
+        if isinstance(action, events.Fail):
             self.phase = "failed"
         self.decided.append(action)
 
@@ -214,15 +202,15 @@ class RoundState:
         """Release it, replace it; give the job up when that happened too often."""
         # of parameter servers there is one at a time, perhaps on the same machine again
         others = [] if kind == "aggregate" else [one for one in self.members if one != peer]
-        error = self.failures.add(peer, kind, message, cause, others)
+        error = self.failures.add(peer, message, cause, others)
         if error is not None:
-            self.decide(Fail(error))
+            self.decide(events.Fail(error))
         else:
             self.drop(peer, kind, message)
 
     def drop(self, peer: str, kind: ExecutorClass, reason: str) -> None:
         """Release it, and replace it."""
-        self.decide(Drop(peer, kind, reason))
+        self.decide(events.Drop(peer, kind, reason))
         self.lose(peer, kind, reason)
 
     def restart(self, reason: str, unusable: bool = False) -> None:
@@ -233,7 +221,7 @@ class RoundState:
         self.over = True
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
         self.keep_slices()
-        self.decide(Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model)))
+        self.decide(events.Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model)))
 
     def is_early(self, round_: int) -> bool:
         """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
@@ -278,7 +266,7 @@ class RoundState:
         most = self.rules.most_batch_size
         return contribution_problem(part, size, self.tracker.samples, most)
 
-    def next_slice(self, asked: SliceAsked) -> Assignment | str:
+    def next_slice(self, asked: events.SliceAsked) -> Assignment | str:
         """The next slice of whoever asks, or why there is none right now."""
         caller, request = asked.caller, asked.request
         member, stamp = self.members.get(caller), request.stamp
@@ -328,7 +316,7 @@ class RoundState:
 
     def keep_slices(self) -> None:
         self.kept = self.tracker.version
-        self.decide(KeepSlices(self.start.generation, self.tracker.to_state()))
+        self.decide(events.KeepSlices(self.start.generation, self.tracker.to_state()))
 
     def send_model(self, member: Member, now: float) -> None:
         """Theta of the open round for ``member``, which begins it."""
@@ -376,7 +364,7 @@ class RoundState:
 
     def to_server(self, directive: Directive) -> None:
         if self.server is not None:
-            self.decide(Send(self.server, "aggregate", directive))
+            self.decide(events.Send(self.server, "aggregate", directive))
 
     def log(self, level: int, worker: str, text: str, *details: object) -> None:
         """About ``worker``."""
