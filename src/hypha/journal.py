@@ -85,7 +85,13 @@ class Journal:
         """``machine`` handled ``event``; never raises for what cannot be written."""
         entry = JournalEntry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
         self._number += 1
-        self._keep(entry)
+        size = _size_of(entry)
+        self.entries.append(entry)
+        self._sizes.append(size)
+        self._size += size
+        while len(self.entries) > self._kept or self._size > KEPT_BYTES:
+            self.entries.popleft()
+            self._size -= self._sizes.popleft()
         if self._sink is not None:
             self._write(self._sink, entry)
         for listener in list(self.listeners):
@@ -96,15 +102,6 @@ class Journal:
                     raise
                 logger.exception("A listener of the journal failed, and is told nothing any more.")
                 self.leave(listener)
-
-    def _keep(self, entry: JournalEntry) -> None:
-        size = _size_of(entry)
-        self.entries.append(entry)
-        self._sizes.append(size)
-        self._size += size
-        while len(self.entries) > self._kept or self._size > KEPT_BYTES:
-            self.entries.popleft()
-            self._size -= self._sizes.popleft()
 
     def leave(self, listener: Callable[[JournalEntry], None]) -> None:
         """``listener`` is told nothing any more; it may have failed, and been left out, before."""

@@ -203,10 +203,8 @@ async def test_the_open_round_and_its_slices_outlive_the_scheduler(tmp_path: Pat
     await ledger.run(Ledger.first_theta, "t0")
     assert await ledger.run(Ledger.open_round) == (0, 0, "t0")
     tracker.next("a", "life", 1)
-    older = tracker.to_state()
     tracker.next("b", "life", 1)
     await ledger.run(Ledger.keep_slices, tracker.to_state())
-    await ledger.run(Ledger.keep_slices, older)  # overtaken
     again = SliceTracker.from_state(await ledger.run(Ledger.slices))
     assert (again.held("a"), again.held("b")) == ([(0, 0)], [(0, 1)])
     assert again.next("a", "life", 1).index == 0

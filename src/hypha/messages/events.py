@@ -306,6 +306,11 @@ class Finish(Message):
 Directive = Plan | Rejoin | Members | SendModel | CloseRound | SaveCheckpoint | Export | Finish
 
 
+def directive_slot(directive: Directive) -> tuple[str, str]:
+    """What a newer directive replaces. Each joiner needs theta, so ``SendModel`` counts per receiver."""
+    return (type(directive).__name__, directive.to.peer if isinstance(directive, SendModel) else "")
+
+
 class Steer(Message):
     """A directive for the executor of ``kind`` of a job; ``seq`` grows, an older one is ignored."""
 

@@ -67,20 +67,25 @@ def inputs_of(names: dict[str, str] | list[str]) -> dict[str, str]:
     return dict(names) if isinstance(names, dict) else {name: name for name in names}
 
 
+def hub_reference(config: ModelConfig | PreprocessorConfig) -> HuggingFace:
+    """What is in its repository."""
+    return HuggingFace(
+        repository=config.repository or "",
+        revision=config.revision,
+        filenames=tuple(config.filenames),
+        token=config.token,
+    )
+
+
 def _source(config: ModelConfig | PreprocessorConfig, resource: str, scheduler: PeerRef) -> Reference | None:
-    if config.path is not None and config.repository is not None:
-        where = f"scheduler.job.{resource}"
-        raise ConfigError([Problem(where, "give either path or repository, not both")])
+    """None where an entrypoint makes it. Raises :class:`ConfigError` when it has no source, or several."""
+    ways = ("path", "repository", "entrypoint") if isinstance(config, ModelConfig) else ("path", "repository")
+    if sum(getattr(config, way) is not None for way in ways) != 1:
+        problem = Problem(f"scheduler.job.{resource}", f"give exactly one of {', '.join(ways)}")
+        raise ConfigError([problem])
     if config.path is not None:
         return Peers(peers=(scheduler,), resource=resource)
-    if config.repository is not None:
-        return HuggingFace(
-            repository=config.repository,
-            revision=config.revision,
-            filenames=tuple(config.filenames),
-            token=config.token,
-        )
-    return None
+    return hub_reference(config) if config.repository is not None else None
 
 
 def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
@@ -99,14 +104,9 @@ def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
 
 def model_spec(config: ModelConfig, scheduler: PeerRef, names: tuple[str, ...] = ()) -> ModelSpec:
     """The model, whose classes are called ``names``; raises :class:`ConfigError` when it has no source."""
-    source = _source(config, MODEL, scheduler)
-    if source is None and config.entrypoint is None:
-        raise ConfigError(
-            [Problem("scheduler.job.model", "one of path, repository and entrypoint is needed")]
-        )
     return ModelSpec(
         task=config.type,
-        source=source,
+        source=_source(config, MODEL, scheduler),
         entrypoint=config.entrypoint,
         arguments=dict(config.arguments),
         inputs=inputs_of(config.input_names),
@@ -122,8 +122,7 @@ def preprocessor_spec(config: PreprocessorConfig | None, scheduler: PeerRef) -> 
     if config is None:
         return None
     source = _source(config, PREPROCESSOR, scheduler)
-    if source is None:
-        raise ConfigError([Problem("scheduler.job.preprocessor", "path or repository is needed")])
+    assert source is not None, "only a model is made by an entrypoint"
     return PreprocessorSpec(kind=config.type, source=source, inputs=inputs_of(config.input_names))
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -35,7 +35,7 @@ from hypha.runtime import free_bytes, in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import MODEL, PREPROCESSOR
 from hypha.scheduler.durable.state_directory import CheckpointStore, safe_relative
-from hypha.scheduler.rounds.events import AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
+from hypha.scheduler.rounds.events import Action, AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
 from hypha.scheduler.rounds.policy import Start
 
 #: events of one process whose numbers are remembered
@@ -65,42 +65,18 @@ class Seen:
         return True
 
 
-class KeptSlices:
-    """Up to which version one generation's slices are durable."""
-
-    def __init__(self) -> None:
-        self._version = -1
-        self._closed = False
-        self._changed = trio.Event()
-
-    def note(self, version: int) -> None:
-        """That version is, too."""
-        self._version = max(self._version, version)
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def close(self) -> None:
-        """The generation is over: nothing more is kept of it."""
-        self._closed = True
-        self._changed.set()
-
-    async def wait(self, version: int) -> bool:
-        """Return when ``version`` is durable; False when it will not be any more."""
-        while self._version < version and not self._closed:
-            await self._changed.wait()
-        return not self._closed
-
-
 @dataclass(eq=False)
 class RequestHandlers:
-    """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``current`` is the current
-    generation: where it begins, and what of its slices is kept. ``handle`` returns the round machine's reply.
+    """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``start`` is where the current
+    generation begins. ``handle`` returns what the round machine decides; ``carried_out`` returns once that is
+    carried out.
     """
 
     node: Node
     dataset: ServedDataset
-    current: Callable[[], tuple[Start, KeptSlices]]
-    handle: Callable[[Input], AnswerSlice | None]
+    start: Callable[[], Start]
+    handle: Callable[[Input], list[Action]]
+    carried_out: Callable[[], Awaitable[None]]
     is_leased: Callable[[str, str], bool]
     seen: Seen = field(default_factory=Seen)
 
@@ -119,7 +95,7 @@ class RequestHandlers:
         return Acknowledged()
 
     async def _slice(self, caller: str, request: NextSlice) -> SliceAssigned | NoSlice:
-        start, kept = self.current()
+        start = self.start()
         if not self.is_leased(caller, "train"):
             self.handle(Disregarded("no lease"))
             raise Refused("uninvited", "you take no part in this scheduler's job")
@@ -130,12 +106,15 @@ class RequestHandlers:
             raise Refused("stale", "the job has begun another generation")
         if not self.dataset.providers:
             return NoSlice(retry_in_s=1.0, reason="no data node serves the dataset right now")
-        answer = self.handle(SliceAsked(caller, request))
-        if answer is None or answer.slice is None:
-            return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason if answer is not None else "try again")
-        if not await kept.wait(answer.kept):
-            raise Refused("stale", "the job has begun another generation")
+        *_, answer = self.handle(SliceAsked(caller, request))
+        assert isinstance(answer, AnswerSlice), "a request for a slice has its answer last"
         got = answer.slice
+        if got is None:
+            return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason)
+        # a worker may hold only what another scheduler would know of
+        await self.carried_out()
+        if self.start().generation != start.generation:
+            raise Refused("stale", "the job has begun another generation")
         part = self.dataset.manifest.slices[got.index]
         return SliceAssigned(
             dataset=self.dataset.name,

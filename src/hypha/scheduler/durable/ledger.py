@@ -143,7 +143,7 @@ class Ledger:
                 (entry.generation, entry.round, entry.samples, entry.theta, _text(entry)),
             )
             self._start(entry.round + 1, steps, tracker.unassigned())
-            self._update_slices(tracker)
+            self._set_slices(tracker)
             # only rounds with a checkpoint can be started again, and this one may get one
             self._db.execute(
                 "DELETE FROM starts WHERE round > 0 AND round < ? "
@@ -158,15 +158,9 @@ class Ledger:
         )
 
     def keep_slices(self, tracker: TrackerState) -> None:
-        """Who trains on which slice now; an older state than is here already changes nothing."""
+        """Who trains on which slice now."""
         with self._db:
-            self._update_slices(tracker)
-
-    def _update_slices(self, tracker: TrackerState) -> None:
-        self._db.execute(
-            "UPDATE slices SET version = ?1, tracker = ?2 WHERE version < ?1",
-            (tracker.version, _text(tracker)),
-        )
+            self._set_slices(tracker)
 
     def _set_slices(self, tracker: TrackerState) -> None:
         self._db.execute(

@@ -125,8 +125,8 @@ async def save_last(
     node: Node,
     machine: RoundMachine,
     ledger: Ledger,
-    todo: trio.MemoryReceiveChannel[Action],
-    carry_out: Callable[[Action], Awaitable[None]],
+    todo: trio.MemoryReceiveChannel[Action | trio.Event],
+    carry_out: Callable[[Action | trio.Event], Awaitable[None]],
     timeout_s: float,
 ) -> None:
     """Have the open round of ``machine`` saved as it began, unless it is, for at most ``timeout_s``.
@@ -138,7 +138,7 @@ async def save_last(
             action = todo.receive_nowait()
         except trio.WouldBlock:
             break
-        if isinstance(action, Durable):
+        if isinstance(action, Durable | trio.Event):
             await carry_out(action)
     newest, asked_for = await _newest_start(ledger), machine.round
     server = machine.server if machine.server_ready and machine.phase not in ("done", "failed") else None
@@ -148,7 +148,7 @@ async def save_last(
                 nursery.start_soon(_request_save, node, server, machine.start.stamp, asked_for)
                 while newest < machine.round:
                     action = await todo.receive()
-                    if isinstance(action, Durable):
+                    if isinstance(action, Durable | trio.Event):
                         await carry_out(action)
                         newest = await _newest_start(ledger)
                 nursery.cancel_scope.cancel()

@@ -18,7 +18,7 @@ import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed
-from hypha.journal import JournalEntry, write_entries
+from hypha.journal import write_entries
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.runtime import in_thread, is_simulated, outlasting
@@ -37,7 +37,7 @@ from hypha.scheduler.job.states import (
     Outcome,
 )
 from hypha.scheduler.job.working import WorkingJob
-from hypha.scheduler.rounds.events import GenerationBegan, Record
+from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.status.recording import recording
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -78,13 +78,22 @@ async def run_job(
     disks: AbstractAsyncContextManager[None]
     disks = nullcontext() if is_simulated() else watch_disks({"state_dir": [config.state_dir]})
     outcome: Outcome = None
-    journal, present = observation.journal, _Present()
-    journal.listeners.append(present.listen)
+    running: RunningJob | None = None
+
+    def present() -> RoundMachine | None:
+        return None if running is None else running.machine
+
     with (
         StateDirectory(config.state_dir, job.name) as state,
-        logged(job_id=lambda: present.job_id, round=lambda: present.round),
+        logged(
+            job_id=lambda: None if (machine := present()) is None else machine.start.job_id,
+            round=lambda: None if (machine := present()) is None else machine.round,
+        ),
     ):
-        async with recording(config, journal) as feeding, outlasting(_SHELTER_S) as (work, shelter):
+        async with (
+            recording(config, observation.journal) as feeding,
+            outlasting(_SHELTER_S) as (work, shelter),
+        ):
             see = None if feeding is None else feeding.see
             observers = [one for one in (observation.observe, see) if one is not None]
             with shelter:
@@ -94,27 +103,14 @@ async def run_job(
                     try:
                         with work:
                             context = JobContext.create(job, node, state, observation, output, directories)
-                            outcome = await RunningJob(context, observers).run(fresh)
+                            running = RunningJob(context, observers)
+                            outcome = await running.run(fresh)
                     except HyphaError as exc:
                         outcome = exc
     await trio.lowlevel.checkpoint_if_cancelled()
     if isinstance(outcome, JobResult):
         return outcome
     raise outcome or JobFailed("the job ended without a result")
-
-
-class _Present:
-    """Which job it is and which round is open, for log entries: as the round machine decides."""
-
-    job_id: str | None = None
-    round: int | None = None
-
-    def listen(self, entry: JournalEntry) -> None:
-        if isinstance(entry.event, GenerationBegan):
-            self.job_id, self.round = entry.event.start.job_id, entry.event.start.round
-        for action in entry.actions:
-            if isinstance(action, Record):
-                self.round = action.entry.round + 1
 
 
 class RunningJob:
@@ -132,12 +128,16 @@ class RunningJob:
             context.progressed,
             context.config.rounds.update_rounds,
             context.began,
-            lambda: self._stage.machine,
+            lambda: self.machine,
             lambda: self._stage.dataset,
         )
         self._goodput = GoodputSignals(context.journal, context.config.resources.num_workers, context.began)
         self._awaiting = Awaiting()
         self._services = ServiceVersions()
+
+    @property
+    def machine(self) -> RoundMachine | None:
+        return self._stage.machine
 
     async def run(self, fresh: bool) -> Outcome:
         """To the end: what the job has come to."""

@@ -24,7 +24,7 @@ from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.durable.state_directory import CheckpointStore
 from hypha.scheduler.executors import JobExecutors
-from hypha.scheduler.handlers import FileHandlers, KeptSlices, RequestHandlers
+from hypha.scheduler.handlers import FileHandlers, RequestHandlers
 from hypha.scheduler.job.ending import publish, save_last
 from hypha.scheduler.job.opening import Opened
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage
@@ -68,7 +68,8 @@ class WorkingJob(JobStage):
         self._store = CheckpointStore(context.state, job_id, keep)
         self._nursery = nursery
         self._end = end
-        self._decided, self._actions = trio.open_memory_channel[events.Action](math.inf)
+        #: an event is set once all before it is carried out
+        self._decided, self._actions = trio.open_memory_channel[events.Action | trio.Event](math.inf)
         node = context.node
         left = opened.left if opened.resumed else ()
         self._executors = JobExecutors(node, nursery, self._handle, left, context.traces)
@@ -78,8 +79,9 @@ class WorkingJob(JobStage):
         self._request_handlers = RequestHandlers(
             node,
             opened.dataset,
-            lambda: (self.machine.start, self._kept),
+            lambda: self.machine.start,
             self._handle,
+            self._carried_out,
             self._executors.holds,
         )
         self._replicating = Replicating(
@@ -119,8 +121,7 @@ class WorkingJob(JobStage):
         await save_last(node, machine, self._ledger, self._actions, self._carry_out, timeout_s)
 
     async def finish(self, reason: str, timeout_s: float) -> None:
-        """Send all executors their end, for at most ``timeout_s``; refuse requests for slices that wait."""
-        self._kept.close()
+        """Send all executors their end, for at most ``timeout_s``."""
         await self._executors.finish(reason, timeout_s)
 
     def _begin(self, generation: Generation, carried: CarriedOver) -> None:
@@ -133,8 +134,6 @@ class WorkingJob(JobStage):
                 tracker.forget(worker)
         context = self._context
         self._generation = generation
-        #: which of its slices are durable
-        self._kept = KeptSlices()
         #: what its machine was given of its surroundings last
         self._surroundings: dict[type, events.Input] = {}
         self.machine = machine = RoundMachine(
@@ -171,24 +170,24 @@ class WorkingJob(JobStage):
             generation.start.round,
             extra={"job_id": generation.start.job_id},
         )
-        self._kept.close()
         self._begin(generation, restart.carried)
 
-    def _handle(self, event: events.Input) -> events.AnswerSlice | None:
-        """Have the machine handle ``event``. What follows is carried out in order, and soon; the reply to a
-        request for a slice is returned.
-        """
-        reply: events.AnswerSlice | None = None
-        for action in self.machine.handle(event, trio.current_time()):
-            if isinstance(action, events.AnswerSlice):
-                reply = action
-                continue
+    def _handle(self, event: events.Input) -> list[events.Action]:
+        """What the machine decides on ``event``; that is carried out in order, and soon."""
+        decided = self.machine.handle(event, trio.current_time())
+        for action in decided:
             if isinstance(action, events.Record):
                 # at once: a snapshot never shows the next round with the last one's numbers
                 self._context.progressed.add(action.entry)
                 self._context.pool.worked(action.entry)
             self._decided.send_nowait(action)
-        return reply
+        return decided
+
+    async def _carried_out(self) -> None:
+        """Return when all that was decided so far is carried out."""
+        done = trio.Event()
+        self._decided.send_nowait(done)
+        await done.wait()
 
     def _is_server(self, peer: str, stamp: JobStamp | None) -> bool:
         """Whether ``peer`` is the parameter server of the current generation, which ``stamp`` is of."""
@@ -197,12 +196,12 @@ class WorkingJob(JobStage):
             return False
         return stamp is not None and stamp.generation == generation
 
-    async def _carry_out(self, action: events.Action) -> None:
+    async def _carry_out(self, action: events.Action | trio.Event) -> None:
         match action:
+            case trio.Event():
+                action.set()
             case events.Record(entry=entry, tracker=tracker, steps=steps):
                 await self._ledger.run(Ledger.record, entry, tracker, steps)
-                if entry.generation == self.machine.start.generation:
-                    self._kept.note(tracker.version)
                 logger.info(
                     "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
                     entry.round + 1,
@@ -212,10 +211,8 @@ class WorkingJob(JobStage):
                     entry.loss,
                     extra={"round": entry.round},
                 )
-            case events.KeepSlices(generation=generation, tracker=tracker):
-                if generation == self.machine.start.generation:
-                    await self._ledger.run(Ledger.keep_slices, tracker)
-                    self._kept.note(tracker.version)
+            case events.KeepSlices(tracker=tracker):
+                await self._ledger.run(Ledger.keep_slices, tracker)
             case events.FirstTheta(theta=theta):
                 await self._ledger.run(Ledger.first_theta, theta)
             case events.Checkpointed(round=round_, place=place):
@@ -244,7 +241,7 @@ class WorkingJob(JobStage):
             case events.Fail(error=error):
                 self._end(error)
             case events.AnswerSlice():
-                pass  # whoever asked has it
+                pass  # whoever asked has it, and waits for what is before it
 
     async def _give_back(self, action: events.Drop | events.LetGo, to_blame: bool) -> None:
         lease = self._executors.lost(action.peer, action.kind)

@@ -242,27 +242,23 @@ class Fail(Struct, frozen=True, tag=True):
 
 
 class FirstTheta(Struct, frozen=True, tag=True):
-    """The hash of theta of round 0, as the parameter server reported it; returned once."""
+    """The hash of theta of round 0, as the parameter server reported it; once in a generation."""
 
     theta: str
 
 
 class KeepSlices(Struct, frozen=True, tag=True):
-    """Make durable who trains on which slice, in this ``generation``."""
+    """Make durable who trains on which slice."""
 
-    generation: int
     tracker: TrackerState
 
 
 class AnswerSlice(Struct, frozen=True, tag=True):
-    """Answer ``caller``: with its slice, but not before version ``kept`` of the slices' state is durable, as
-    a worker may hold only what another scheduler would know of; or with the ``reason`` why there is none.
+    """Answer with the slice, once all that was decided before is carried out, or with the ``reason`` why
+    there is none.
     """
 
-    caller: str
-    seq: int
     slice: Assignment | None = None
-    kept: int = 0
     #: all workers together are to hold half an epoch ahead at most: this one so many slices
     ahead: int = 1
     reason: str = ""

@@ -38,7 +38,6 @@ class RoundMachine(ExecutorReports):
         journal: Journal | None = None,
     ) -> None:
         super().__init__(rules, start, tracker, scheduler, carried)
-        self._first_theta = ""
         self._journal = journal
         if journal is not None:
             began = events.GenerationBegan(rules, start, tracker.to_state(), scheduler, carried)
@@ -53,9 +52,6 @@ class RoundMachine(ExecutorReports):
         elif not self.over and self.phase not in ("done", "failed"):
             self._react(event, now)
             self._advance(now)
-            if self.theta and self.round == 0 and not self._first_theta:
-                self._first_theta = self.theta
-                self.decide(events.FirstTheta(self.theta))
             if isinstance(event, events.TimePassed) and self.tracker.version != self.kept and not self.over:
                 self.keep_slices()
         if self._journal is not None:
@@ -107,14 +103,13 @@ class RoundMachine(ExecutorReports):
 
     def _slice_asked(self, asked: events.SliceAsked) -> None:
         """The slice for a member's question, or why there is none right now; what changes is kept first."""
-        caller, seq = asked.caller, asked.request.seq
         got = self.next_slice(asked)
         if not isinstance(got, Assignment):
-            self.decide(events.AnswerSlice(caller, seq, reason=got))
+            self.decide(events.AnswerSlice(reason=got))
             return
         if self.tracker.version != self.kept:
             self.keep_slices()
-        self.decide(events.AnswerSlice(caller, seq, got, self.tracker.version, self.ahead))
+        self.decide(events.AnswerSlice(got, self.ahead))
 
     def _advance(self, now: float) -> None:
         """What time, or the sum of what was said, asks for."""

@@ -132,6 +132,8 @@ class ExecutorReports(RoundState):
         for note in event.notes:
             logger.warning("The model: %s", note, extra={"job_id": self.start.job_id})
         self.theta, self.server_at = event.theta, event.round
+        if self.round == 0:
+            self.decide(events.FirstTheta(event.theta))
         self.early = [told for told in self.early if told.stamp.round <= self.round]
         if self.round >= self.rules.rounds:
             self._export()

@@ -316,7 +316,7 @@ class RoundState:
 
     def keep_slices(self) -> None:
         self.kept = self.tracker.version
-        self.decide(events.KeepSlices(self.start.generation, self.tracker.to_state()))
+        self.decide(events.KeepSlices(self.tracker.to_state()))
 
     def send_model(self, member: Member, now: float) -> None:
         """Theta of the open round for ``member``, which begins it."""
