@@ -41,6 +41,7 @@ from hypha.messages import (
 )
 from hypha.rules.resources import batch_size
 from hypha.runtime import new_id
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.leasing.events import Search
 from hypha.scheduler.rounds.policy import Start
 
@@ -198,11 +199,8 @@ class Descriptions:
     config: JobConfig
     start: Start
     scheduler: PeerRef
-    #: what the dataset calls the classes of its labels, rows of each of its slices, and its manifest's hash;
-    #: the ledger has the manifest, and its descriptions go without
-    class_names: tuple[str, ...] = ()
-    slice_rows: tuple[int, ...] = ()
-    manifest_hash: str = ""
+    #: the ledger has its manifest, and its descriptions go without
+    dataset: ServedDataset | None = None
 
     def batch_size(self, offered: Resources) -> int:
         """Of a worker that offered these resources."""
@@ -245,20 +243,22 @@ class Descriptions:
             steps=self.start.steps if steps is None else steps,
             update_encoding=config.update_encoding,
             hang_s=config.resources.hang_s,
-            manifest_hash=self.manifest_hash,
+            manifest_hash=self.dataset.manifest_hash if self.dataset is not None else "",
         )
 
     def aggregate(self, me: str, restore: Reference | None) -> AggregateJob:
         """For the parameter server on worker ``me``; ``restore`` from a checkpoint of ``start.round``."""
         config, outer = self.config, self.config.outer_optimizer
         optimizer = outer_optimizer(config) if self.start.optimizer is None else self.start.optimizer
+        manifest = None if self.dataset is None else self.dataset.manifest
+        names = () if manifest is None else class_names(config.model, manifest)
         return AggregateJob(
             job_id=self.start.job_id,
             generation=self.start.generation,
             executor=ExecutorDescriptor(kind="aggregate", name=config.resources.parameter_server_executor),
             me=me,
             scheduler=self.scheduler,
-            model=model_spec(config.model, self.scheduler, self.class_names),
+            model=model_spec(config.model, self.scheduler, names),
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
             optimizer=optimizer,
             weighting=outer.weighting,
@@ -267,7 +267,7 @@ class Descriptions:
             checkpoint=msgspec.convert(config.checkpoint, CheckpointPolicy, from_attributes=True),
             round=self.start.round,
             restore=restore,
-            slice_rows=self.slice_rows,
+            slice_rows=() if manifest is None else tuple(part.samples for part in manifest.slices),
         )
 
 

@@ -191,12 +191,11 @@ class FileHandlers:
     def open(self) -> None:
         """Answer from now on."""
         job_id = self.store.job_id
-        for kind in self.directories:
-            self.node.transfers.serve(kind, self._directory_file)
-        self.node.transfers.serve("checkpoint", self._checkpoint_file)
+        for kind in (*self.directories, "checkpoint"):
+            self.node.transfers.serve(kind, self._file)
         self.node.answer(ListFiles, self._list_files)
-        self.node.transfers.accept("checkpoint", job_id, self._checkpoint_gate, self._checkpoint_arrived)
-        self.node.transfers.accept("export", job_id, self._export_gate, self._export_arrived)
+        for kind in ("checkpoint", "export"):
+            self.node.transfers.accept(kind, job_id, self._gate, self._arrived)
 
     def _invited(self, caller: str, request: ListFiles | PullFile) -> None:
         if not self.is_member(caller):
@@ -214,16 +213,11 @@ class FileHandlers:
             raise Refused("not-found", f"there is no resource {request.kind} {request.name}".rstrip())
         return await self.directories[request.kind].list()
 
-    async def _directory_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
+    async def _file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         self._invited(caller, request)
-        directory = self.directories.get(request.kind)
-        if directory is None:
-            raise Refused("not-found", f"there is no resource {request.kind}")
-        return await directory.file(request.name)
-
-    async def _checkpoint_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
-        self._invited(caller, request)
-        return await in_thread(self.store.file, request.name)
+        if request.kind == "checkpoint":
+            return await in_thread(self.store.file, request.name)
+        return await self.directories[request.kind].file(request.name)
 
     def _from_server(self, caller: str, meta: TransferMeta) -> None:
         if not self.is_server(caller, meta.stamp):
@@ -231,16 +225,10 @@ class FileHandlers:
                 "uninvited", "only the parameter server of this job's current generation may send that"
             )
 
-    async def _checkpoint_gate(self, caller: str, meta: TransferMeta) -> Path:
+    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
         self._from_server(caller, meta)
-        return await in_thread(self.store.place_for, meta)
-
-    async def _checkpoint_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        self._from_server(caller, meta)
-        self.store.arrived(meta)
-
-    async def _export_gate(self, caller: str, meta: TransferMeta) -> Path:
-        self._from_server(caller, meta)
+        if meta.kind == "checkpoint":
+            return await in_thread(self.store.place_for, meta)
         state = self.store.state
         generation = meta.stamp.generation if meta.stamp is not None else 0
         path = state.export_of(generation) / safe_relative(meta.name)
@@ -250,5 +238,7 @@ class FileHandlers:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
 
-    async def _export_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
+    async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
         self._from_server(caller, meta)
+        if meta.kind == "checkpoint":
+            self.store.arrived(meta)

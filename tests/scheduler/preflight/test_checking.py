@@ -14,7 +14,7 @@ import pytest
 from tests.scheduler.preflight.test_findings import DIGITS, RESNET, TOKENS, manifest
 from tests.support.hub import Hub, Repository
 
-from hypha.config.job import JobConfig
+from hypha.config.job import DatasetRef, JobConfig
 from hypha.errors import ConfigError
 from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
 from hypha.scheduler.data.datasets import ServedDataset
@@ -175,7 +175,8 @@ async def test_a_job_that_has_trained_is_known_by_its_ledger(tmp_path: Path) -> 
 async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(tmp_path: Path) -> None:
     """Which is checked like any job: 4 classes for 10 labels were noticed by workers only."""
     digits = DatasetDescription(manifest=manifest(*DIGITS, labels=(0, 9)), manifest_hash="h")
-    dataset, scheduler, path = ServedDataset("d", digits, []), PeerRef(peer="s"), tmp_path / "job.db"
+    dataset = ServedDataset(DatasetRef(dataset="d"), digits, [])
+    scheduler, path = PeerRef(peer="s"), tmp_path / "job.db"
     before = job(tmp_path, RESNET)
     after = job(tmp_path, RESNET, outer_optimizer={"momentum": 0.5})
     with closing(Ledger(path)) as ledger:

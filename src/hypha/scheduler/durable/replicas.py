@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,8 +126,7 @@ class Replicas:
             stale.unlink()
         (place / LEDGER).replace(state.ledger)
         shutil.rmtree(place, ignore_errors=True)
-        ledger = await in_thread(Ledger, state.ledger)
-        try:
+        with closing(await in_thread(Ledger, state.ledger)) as ledger:
             # this copy was not yet complete when the ledger in it was written
             for holder, whole in copies:
                 if _ledger_of(whole) == index:
@@ -136,8 +136,6 @@ class Replicas:
             # skipped
             await ledger.run(Ledger.lease_ended)
             await ledger.run(Ledger.skip_generations, GENERATIONS_SKIPPED)
-        finally:
-            ledger.close()
         logger.warning(
             "There is no ledger in %s; it is taken from the copy that a worker has of round %d (--fresh "
             "would start anew)",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,12 @@ async def first_generation(
                 await in_thread(state.prepare)
                 last = Start(standing.job_id, standing.generation, optimizer=began)
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
-                    return ledger, await taken_over(ledger, last)
+                    # its scheduler was killed: the job goes on where it was
+                    round_, steps, theta = await ledger.run(Ledger.open_round)
+                    start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, began)
+                    slices = await ledger.run(Ledger.slices)
+                    await ledger.run(Ledger.begin_generation, start.generation, round_, slices)
+                    return ledger, Generation(start, slices)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
                 return ledger, await next_generation(ledger, store, last, replicas)
             ledger.close()
@@ -115,23 +121,11 @@ async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset
     :func:`first_generation` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be
     read.
     """
-    ledger = await open_ledger(path)
-    try:
+    with closing(await open_ledger(path)) as ledger:
         standing = await ledger.run(Ledger.standing)
-    finally:
-        ledger.close()
     if standing is None or standing.state != "done":
         return False
     return bool(differences(_new(config, scheduler, dataset, standing.job_id), standing))
-
-
-async def taken_over(ledger: Ledger, last: Start) -> Generation:
-    """The generation after ``last``, whose scheduler was killed: it goes on where it was."""
-    round_, steps, theta = await ledger.run(Ledger.open_round)
-    start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, last.optimizer)
-    tracker = await ledger.run(Ledger.slices)
-    await ledger.run(Ledger.begin_generation, start.generation, start.round, tracker)
-    return Generation(start, tracker)
 
 
 async def next_generation(

@@ -11,7 +11,7 @@ import trio
 from hypha.config.job import JobConfig
 from hypha.messages import OuterOptimizer
 from hypha.runtime import is_simulated
-from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
+from hypha.scheduler.data.datasets import ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.database import LeftBehind, left_behind
 from hypha.scheduler.durable.ledger import Ledger
@@ -97,11 +97,9 @@ async def _find(
     enter(f"looking for the dataset {name}")
     dataset = await find_dataset(
         node,
-        name,
-        config.dataset.wait_s,
+        config.dataset,
         lambda why: enter(f"looking for the dataset {name}: {why}"),
-        Pins.of(config.dataset),
-        ManifestChoice(config.dataset.manifest_hash, None if left is None else left.manifest_hash),
+        None if left is None else left.manifest_hash,
     )
     logger.info(
         "The dataset %s has %d samples in %d slices at %d data nodes",

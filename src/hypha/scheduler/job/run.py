@@ -102,7 +102,7 @@ async def run_job(
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            context = JobContext.create(job, node, state, observation, output, directories)
+                            context = JobContext(job, node, state, observation, output, directories)
                             running = RunningJob(context, observers)
                             outcome = await running.run(fresh)
                     except HyphaError as exc:
@@ -187,7 +187,7 @@ class RunningJob:
         if isinstance(stage, WorkingJob):
             if not done:
                 await stage.save_last(_SAVE_S)
-            await stage.finish("done" if done else "the scheduler stops", _FAREWELL_S)
+            await stage.executors.finish("done" if done else "the scheduler stops", _FAREWELL_S)
         await self._context.pool.close(_RELEASE_S)
         ledger = self._opened.ledger
         # on a full disk it would wait; then the next scheduler gives back what is over

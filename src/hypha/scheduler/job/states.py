@@ -39,55 +39,36 @@ class Observation:
     trace_ratio: float | None = None
 
 
-@dataclass(frozen=True)
 class JobContext:
-    """One run of a job, the same from its beginning to its end. ``output`` is where the model goes; workers
-    fetch files from ``directories``, by kind. ``began`` is of trio's clock.
+    """One run of a job that begins now, the same to its end; ``node`` is connected or will be. ``output`` is
+    where the model goes; workers fetch files from ``directories``, by kind. ``began`` is of trio's clock.
     """
 
-    config: JobConfig
-    rules: Rules
-    node: Node
-    state: StateDirectory
-    output: Output
-    directories: dict[str, ServedDirectory]
-    pool: Pool
-    replicas: Replicas
-    progressed: Progressed
-    journal: Journal
-    traces: RoundTraces
-    began: float
-
-    @classmethod
-    def create(
-        cls,
+    def __init__(
+        self,
         config: JobConfig,
         node: Node,
         state: StateDirectory,
         observation: Observation,
         output: Output,
         directories: dict[str, ServedDirectory],
-    ) -> JobContext:
-        """Of a run that begins now; ``node`` is connected or will be."""
-        resources, journal = config.resources, observation.journal
+    ) -> None:
+        resources = config.resources
         times = SearchTimes(
             offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s
         )
-        traces = RoundTraces(observation.trace_ratio)
-        return cls(
-            config=config,
-            rules=Rules.from_config(config),
-            node=node,
-            state=state,
-            output=output,
-            directories=directories,
-            pool=Pool(node, searches_of(config), times, journal=journal, traces=traces),
-            replicas=Replicas(node, config.name),
-            progressed=Progressed(),
-            journal=journal,
-            traces=traces,
-            began=trio.current_time(),
-        )
+        self.config = config
+        self.rules = Rules.from_config(config)
+        self.node = node
+        self.state = state
+        self.output = output
+        self.directories = directories
+        self.journal = observation.journal
+        self.traces = RoundTraces(observation.trace_ratio)
+        self.pool = Pool(node, searches_of(config), times, journal=self.journal, traces=self.traces)
+        self.replicas = Replicas(node, config.name)
+        self.progressed = Progressed()
+        self.began = trio.current_time()
 
 
 @dataclass

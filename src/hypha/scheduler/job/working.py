@@ -13,19 +13,19 @@ from collections.abc import Callable
 
 import trio
 
-from hypha.errors import HyphaError
-from hypha.messages import JobStamp
+from hypha.errors import HyphaError, NetworkError
+from hypha.messages import JobStamp, PeerRef, SaveCheckpoint, Steer
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.descriptions import Descriptions, class_names
+from hypha.scheduler.descriptions import Descriptions
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
 from hypha.scheduler.durable.state_directory import CheckpointStore
 from hypha.scheduler.executors import JobExecutors
 from hypha.scheduler.handlers import FileHandlers, RequestHandlers
-from hypha.scheduler.job.ending import publish, save_last
+from hypha.scheduler.job.ending import publish
 from hypha.scheduler.job.opening import Opened
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage
 from hypha.scheduler.leasing.events import (
@@ -43,6 +43,10 @@ from hypha.scheduler.status.view import sentence
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
+#: of the request to save the open round: above the numbers of all directives before it, and below that of the
+#: last one
+_SAVE_SEQ = (1 << 62) - 1
+_SAVE_PAUSE_S = 0.1
 
 
 class WorkingJob(JobStage):
@@ -72,18 +76,7 @@ class WorkingJob(JobStage):
         self._decided, self._actions = trio.open_memory_channel[events.Action | trio.Event](math.inf)
         node = context.node
         left = opened.left if opened.resumed else ()
-        self._executors = JobExecutors(node, nursery, self._handle, left, context.traces)
-        self._file_handlers = FileHandlers(
-            node, context.directories, self._store, self._executors.holds, self._is_server
-        )
-        self._request_handlers = RequestHandlers(
-            node,
-            opened.dataset,
-            lambda: self.machine.start,
-            self._handle,
-            self._carried_out,
-            self._executors.holds,
-        )
+        self.executors = JobExecutors(node, nursery, self._handle, left, context.traces)
         self._replicating = Replicating(
             context.replicas,
             opened.ledger,
@@ -96,19 +89,26 @@ class WorkingJob(JobStage):
 
     async def run(self) -> None:
         """Until ``end`` was called, or cancelled."""
-        self._file_handlers.open()
-        self._request_handlers.open()
-        pool = self._context.pool
+        node, pool, executors = self._context.node, self._context.pool, self.executors
+        FileHandlers(node, self._context.directories, self._store, executors.holds, self._is_server).open()
+        RequestHandlers(
+            node,
+            self.dataset,
+            lambda: self.machine.start,
+            self._handle,
+            self._carried_out,
+            executors.holds,
+        ).open()
         for record in await self._ledger.run(Ledger.track_records):
             pool.know(record)
         pool.want("aggregate", 1)
         pool.want("train", self._context.config.resources.num_workers)
-        self._nursery.start_soon(self.dataset.watch, self._context.node)
+        self._nursery.start_soon(self.dataset.watch, node)
         self._nursery.start_soon(self._leases)
         self._nursery.start_soon(self._ticking)
-        starts = await self._ledger.run(Ledger.starts)
-        if starts and starts[0].place == "scheduler":
-            self._replicating.put(starts[0].round)
+        newest, *_ = await self._ledger.run(Ledger.starts)
+        if newest.place == "scheduler":
+            self._replicating.put(newest.round)
         self._nursery.start_soon(self._replicating.run)
         async for action in self._actions:
             # whenever the job is to stop, what the ledger has begun to write is finished
@@ -116,13 +116,51 @@ class WorkingJob(JobStage):
                 await self._carry_out(action)
 
     async def save_last(self, timeout_s: float) -> None:
-        """The job is to stop: have the open round saved as it began."""
-        node, machine = self._context.node, self.machine
-        await save_last(node, machine, self._ledger, self._actions, self._carry_out, timeout_s)
+        """The job is to stop: have the open round saved as it began, unless it is, for at most ``timeout_s``.
+        What was decided is carried out only as far as the ledger is to have it.
+        """
+        machine = self.machine
+        while self._actions.statistics().current_buffer_used:
+            await self._carry_out_durable()
+        asked_for, newest = machine.round, await self._newest_start()
+        server = machine.server if machine.server_ready and machine.phase not in ("done", "failed") else None
+        if server is not None and newest < asked_for:
+            with trio.move_on_after(timeout_s):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._request_save, server, asked_for)
+                    while newest < machine.round:
+                        await self._carry_out_durable()
+                        newest = await self._newest_start()
+                    nursery.cancel_scope.cancel()
+        fields = {"job_id": machine.start.job_id}
+        if newest < machine.round:
+            text = "Round %d could not be saved in time; the job will go on from round %d"
+            logger.warning(text, machine.round, newest, extra=fields)
+        else:
+            logger.info("The job will go on from round %d", newest, extra=fields)
 
-    async def finish(self, reason: str, timeout_s: float) -> None:
-        """Send all executors their end, for at most ``timeout_s``."""
-        await self._executors.finish(reason, timeout_s)
+    async def _carry_out_durable(self) -> None:
+        action = await self._actions.receive()
+        if isinstance(action, events.Durable | trio.Event):
+            await self._carry_out(action)
+
+    async def _newest_start(self) -> int:
+        newest, *_ = await self._ledger.run(Ledger.starts)
+        return newest.round
+
+    async def _request_save(self, server: PeerRef, round_: int) -> None:
+        """Send it until it is delivered."""
+        directive = SaveCheckpoint(round=round_)
+        stamp = self.machine.start.stamp
+        steer = Steer(stamp=stamp, kind="aggregate", seq=_SAVE_SEQ, directive=directive)
+        while True:
+            try:
+                await self._context.node.request(server.peer, steer)
+                return
+            except NetworkError as exc:
+                fields = {"worker_peer_id": server.peer}
+                logger.debug("The request to save a checkpoint was not delivered: %s", exc, extra=fields)
+            await trio.sleep(_SAVE_PAUSE_S)
 
     def _begin(self, generation: Generation, carried: CarriedOver) -> None:
         """Of its slices, workers that are not leased any more lose theirs; its machine gets what was
@@ -130,7 +168,7 @@ class WorkingJob(JobStage):
         """
         tracker = SliceTracker.from_state(generation.tracker)
         for worker in tracker.holders:
-            if (worker, "train") not in self._executors.leases:
+            if (worker, "train") not in self.executors.leases:
                 tracker.forget(worker)
         context = self._context
         self._generation = generation
@@ -139,17 +177,9 @@ class WorkingJob(JobStage):
         self.machine = machine = RoundMachine(
             context.rules, generation.start, tracker, context.node.ref(), carried, context.journal
         )
-        manifest = self.dataset.manifest
-        descriptions = Descriptions(
-            context.config,
-            generation.start,
-            context.node.ref(),
-            class_names(context.config.model, manifest),
-            tuple(part.samples for part in manifest.slices),
-            self.dataset.manifest_hash,
-        )
+        descriptions = Descriptions(context.config, generation.start, context.node.ref(), self.dataset)
         context.progressed.cut(generation.start.round)
-        self._executors.begin_generation(descriptions, generation, lambda: machine.steps)
+        self.executors.begin_generation(descriptions, generation, lambda: machine.steps)
 
     async def _restart(self, restart: events.Restart) -> None:
         """The parameter server is lost: a new generation from the newest checkpoint."""
@@ -218,7 +248,7 @@ class WorkingJob(JobStage):
             case events.Checkpointed(round=round_, place=place):
                 await self._checkpointed(round_, place)
             case events.Send():
-                self._executors.send(action)
+                self.executors.send(action)
             case events.Drop(peer=peer, reason=reason):
                 logger.warning("A worker is replaced: %s", reason, extra={"worker_peer_id": peer})
                 await self._give_back(action, to_blame=True)
@@ -230,7 +260,7 @@ class WorkingJob(JobStage):
                 pause_s = action.pause_s * chance().uniform(1.0, 1.5)
                 fields = {"worker_peer_id": peer, "incarnation": instead_of}
                 logger.warning("An executor is started again in %.1f s: %s", pause_s, reason, extra=fields)
-                self._executors.again(peer, instead_of, pause_s)
+                self.executors.again(peer, instead_of, pause_s)
             case events.Restart():
                 await self._restart(action)
             case events.Publish(files=files):
@@ -244,7 +274,7 @@ class WorkingJob(JobStage):
                 pass  # whoever asked has it, and waits for what is before it
 
     async def _give_back(self, action: events.Drop | events.LetGo, to_blame: bool) -> None:
-        lease = self._executors.lost(action.peer, action.kind)
+        lease = self.executors.lost(action.peer, action.kind)
         if lease is None:
             return
         await self._ledger.run(Ledger.lease_ended, lease.lease_id)
@@ -276,7 +306,7 @@ class WorkingJob(JobStage):
             self._replicating.put(round_)
 
     async def _leases(self) -> None:
-        executors, pool = self._executors, self._context.pool
+        executors, pool = self.executors, self._context.pool
         async for event in pool.events:
             fields = {"worker_peer_id": event.worker.peer, "lease_id": event.lease_id}
             match event:
