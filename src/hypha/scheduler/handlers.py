@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 import trio
 
@@ -17,7 +16,6 @@ from hypha.config.job import JobConfig
 from hypha.errors import ModelError, Refused
 from hypha.messages import (
     Acknowledged,
-    ExecutorClass,
     FileList,
     JobStamp,
     ListFiles,
@@ -36,7 +34,6 @@ from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import MODEL, PREPROCESSOR
 from hypha.scheduler.durable.state_directory import CheckpointStore, safe_relative
 from hypha.scheduler.rounds.events import Action, AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
-from hypha.scheduler.rounds.policy import Start
 
 #: events of one process whose numbers are remembered
 _REMEMBERED = 1024
@@ -67,24 +64,22 @@ class Seen:
 
 @dataclass(eq=False)
 class RequestHandlers:
-    """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``start`` is where the current
-    generation begins. ``handle`` returns what the round machine decides; ``carried_out`` returns once that is
-    carried out.
+    """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``handle`` returns what the
+    round machine decides; ``carried_out`` returns once that is carried out.
     """
 
     node: Node
     dataset: ServedDataset
-    start: Callable[[], Start]
     handle: Callable[[Input], list[Action]]
     carried_out: Callable[[], Awaitable[None]]
-    is_leased: Callable[[str, str], bool]
+    is_leased: Callable[[str, str | None], bool]
     seen: Seen = field(default_factory=Seen)
 
     def open(self) -> None:
         """Answer from now on."""
         self.node.answer(ReportEvent, self._event)
         self.node.answer(NextSlice, self._slice)
-        self.node.answer_reports(self._reports, admits=self._is_partner)
+        self.node.answer_reports(self._reports, admits=lambda peer: self.is_leased(peer, None))
 
     async def _event(self, caller: str, request: ReportEvent) -> Acknowledged:
         if not self.is_leased(caller, request.kind):
@@ -95,15 +90,9 @@ class RequestHandlers:
         return Acknowledged()
 
     async def _slice(self, caller: str, request: NextSlice) -> SliceAssigned | NoSlice:
-        start = self.start()
         if not self.is_leased(caller, "train"):
             self.handle(Disregarded("no lease"))
             raise Refused("uninvited", "you take no part in this scheduler's job")
-        if request.stamp.job_id != start.job_id:
-            raise Refused("not-found", f"job {request.stamp.job_id} does not run here")
-        if request.stamp.generation != start.generation:
-            self.handle(Disregarded("stale generation"))
-            raise Refused("stale", "the job has begun another generation")
         if not self.dataset.providers:
             return NoSlice(retry_in_s=1.0, reason="no data node serves the dataset right now")
         *_, answer = self.handle(SliceAsked(caller, request))
@@ -111,10 +100,8 @@ class RequestHandlers:
         got = answer.slice
         if got is None:
             return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason)
-        # a worker may hold only what another scheduler would know of
+        # a worker may hold only what another scheduler, or generation, would know of
         await self.carried_out()
-        if self.start().generation != start.generation:
-            raise Refused("stale", "the job has begun another generation")
         part = self.dataset.manifest.slices[got.index]
         return SliceAssigned(
             dataset=self.dataset.name,
@@ -126,9 +113,6 @@ class RequestHandlers:
             providers=self.dataset.providers_for(got.index),
             ahead=answer.ahead,
         )
-
-    def _is_partner(self, peer: str) -> bool:
-        return any(self.is_leased(peer, kind) for kind in get_args(ExecutorClass))
 
     def _reports(self, caller: str, reports: list[Report]) -> None:
         for report in reports:

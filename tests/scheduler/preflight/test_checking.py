@@ -13,16 +13,18 @@ import msgspec
 import pytest
 from tests.scheduler.preflight.test_findings import DIGITS, RESNET, TOKENS, manifest
 from tests.support.hub import Hub, Repository
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.config.job import DatasetRef, JobConfig
 from hypha.errors import ConfigError
-from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
+from hypha.messages import Column, DatasetDescription, Manifest, Trial, TrialReport
+from hypha.node import Node
 from hypha.scheduler.data.datasets import ServedDataset
-from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.descriptions import described
 from hypha.scheduler.durable.database import SCHEMA, left_behind
-from hypha.scheduler.durable.ledger import Ledger, Standing
-from hypha.scheduler.durable.starts import begins_anew
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.replicas import Replicas
+from hypha.scheduler.durable.starts import first_generation
+from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
 
 PASSED = TrialReport(outcome="passed")
@@ -172,19 +174,38 @@ async def test_a_job_that_has_trained_is_known_by_its_ledger(tmp_path: Path) -> 
     assert (await left_behind(path)).trained
 
 
-async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(tmp_path: Path) -> None:
+@virtual_time
+async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(
+    network: VirtualNetwork, tmp_path: Path
+) -> None:
     """Which is checked like any job: 4 classes for 10 labels were noticed by workers only."""
     digits = DatasetDescription(manifest=manifest(*DIGITS, labels=(0, 9)), manifest_hash="h")
     dataset = ServedDataset(DatasetRef(dataset="d"), digits, [])
-    scheduler, path = PeerRef(peer="s"), tmp_path / "job.db"
     before = job(tmp_path, RESNET)
     after = job(tmp_path, RESNET, outer_optimizer={"momentum": 0.5})
-    with closing(Ledger(path)) as ledger:
-        train, aggregate = described(before, scheduler, "job-1")
-        tracker = SliceTracker([part.samples for part in digits.manifest.slices]).to_state()
-        ledger.open_job(Standing("job-1", "h", train, aggregate), digits.manifest, tracker)
-        for config in (before, after):
-            assert not await begins_anew(path, config, scheduler, dataset), "it is not done"
-        ledger.done("out", "out")
-    assert not await begins_anew(path, before, scheduler, dataset)
-    assert await begins_anew(path, after, scheduler, dataset)
+    checked: list[str] = []
+
+    async def begin(config: JobConfig, scheduler: Node, state: StateDirectory) -> str:
+        async def check() -> None:
+            checked.append(config.name)
+
+        replicas = Replicas(scheduler, config.name)
+        first = first_generation(state, config, scheduler.ref(), dataset, replicas, check)
+        ledger, generation = await first
+        ledger.close()
+        return generation.start.job_id
+
+    with StateDirectory(tmp_path, "job") as state:
+        async with (
+            network.gateway() as gateway,
+            network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        ):
+            first = await begin(before, scheduler, state)
+            with closing(Ledger(state.ledger)) as ledger:
+                ledger.done("out", "out")
+            assert await begin(before, scheduler, state) == first
+            with closing(Ledger(state.ledger)) as ledger:
+                ledger.done("out", "out")
+            assert not checked
+            assert await begin(after, scheduler, state) != first
+            assert len(checked) == 1

@@ -9,8 +9,7 @@ on the parameter server may last, its theta is the newest there is, and the job 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,24 +60,20 @@ async def first_generation(
     scheduler: PeerRef,
     dataset: ServedDataset,
     replicas: Replicas,
-    fresh: bool,
+    before_anew: Callable[[], Awaitable[None]],
 ) -> tuple[Ledger, Generation]:
     """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin a
-    new one. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
-    is kept aside. ``replicas`` take the place of what is lost. :class:`ConfigError` when the job that is to
-    go on is another one. A job that goes on has the outer optimizer that it began with.
+    new one. The state of another job that is done, or has not finished a round, is kept aside, once
+    ``before_anew`` has returned. ``replicas`` take the place of what is lost. :class:`ConfigError` when the
+    job that is to go on is another one. A job that goes on has the outer optimizer that it began with.
     """
     job_id = f"{config.name}-{new_id()[:12]}"
     new = _new(config, scheduler, dataset, job_id)
-    if fresh:
-        await in_thread(state.move_aside, "A fresh start was asked for")
-    if config.checkpoint.replicas:
-        await (replicas.forget_all() if fresh else replicas.bring_back_ledger(state))
     ledger = await open_ledger(state.ledger)
     try:
         standing = await ledger.run(Ledger.standing)
         if standing is not None:
-            applied, _, _ = await ledger.run(Ledger.open_round)
+            applied, steps, theta = await ledger.run(Ledger.open_round)
             began = standing.aggregate.optimizer
             # before the first round nothing is lost by choosing anew
             goes_on = _new(config, scheduler, dataset, job_id, began) if applied else new
@@ -95,14 +90,14 @@ async def first_generation(
                 last = Start(standing.job_id, standing.generation, optimizer=began)
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
                     # its scheduler was killed: the job goes on where it was
-                    round_, steps, theta = await ledger.run(Ledger.open_round)
-                    start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, began)
+                    start = Start(last.job_id, last.generation + 1, applied, steps, theta, True, began)
                     slices = await ledger.run(Ledger.slices)
-                    await ledger.run(Ledger.begin_generation, start.generation, round_, slices)
+                    await ledger.run(Ledger.begin_generation, start.generation, applied, slices)
                     return ledger, Generation(start, slices)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
                 return ledger, await next_generation(ledger, store, last, replicas)
             ledger.close()
+            await before_anew()
             why = "is done" if standing.state == "done" else "has not finished a round"
             reason = f"The earlier job of this name {why}, and was another one ({'; '.join(other)})"
             await in_thread(state.move_aside, reason)
@@ -114,18 +109,6 @@ async def first_generation(
         ledger.close()
         raise
     return ledger, Generation(Start(job_id, optimizer=new.aggregate.optimizer), tracker)
-
-
-async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: ServedDataset) -> bool:
-    """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
-    :func:`first_generation` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be
-    read.
-    """
-    with closing(await open_ledger(path)) as ledger:
-        standing = await ledger.run(Ledger.standing)
-    if standing is None or standing.state != "done":
-        return False
-    return bool(differences(_new(config, scheduler, dataset, standing.job_id), standing))
 
 
 async def next_generation(

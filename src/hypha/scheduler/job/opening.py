@@ -10,12 +10,12 @@ import trio
 
 from hypha.config.job import JobConfig
 from hypha.messages import OuterOptimizer
-from hypha.runtime import is_simulated
+from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.data.datasets import ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
 from hypha.scheduler.durable.database import LeftBehind, left_behind
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.starts import Generation, begins_anew, first_generation
+from hypha.scheduler.durable.starts import Generation, first_generation
 from hypha.scheduler.job.states import JobContext
 from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.preflight.checking import check_before_leasing
@@ -50,34 +50,37 @@ async def open_job(
     """Start the pool in ``nursery``, then open the job; ``enter`` is called with each step. Whoever calls
     closes the ledger. Raises :class:`hypha.errors.HyphaError`.
     """
-    config, ledger_path = context.config, context.state.ledger
-    left = await left_behind(ledger_path)
+    config, state, replicas = context.config, context.state, context.replicas
+    left = await left_behind(state.ledger)
     trained = not fresh and (bool(left.leases) or left.trained)
     # a child process has no virtual clock
     wanted = "quick" if config.check == "full" and is_simulated() else config.check
     checks = "none" if trained else wanted
+
+    async def check(trial: ModelTrial | None) -> None:
+        enter(f"checking that the model goes with the dataset {dataset.name}")
+        await check_before_leasing(config, dataset.manifest, trial)
+
+    async def check_anew() -> None:
+        # the name of a job that is done, used for the next experiment: a new one for the check too
+        if trained and wanted != "none":
+            async with open_trial(config.model.type if wanted == "full" else None) as trial:
+                await check(trial)
+
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
         dataset = await _find(context, None if fresh else left, nursery, enter)
         if checks != "none":
-            await _check(config, dataset, trial, enter)
-    # the name of a job that is done, used for the next experiment: a new one for the check too
-    check_anew = trained and wanted != "none"
-    if check_anew and await begins_anew(ledger_path, config, context.node.ref(), dataset):
-        async with open_trial(config.model.type if wanted == "full" else None) as trial:
-            await _check(config, dataset, trial, enter)
+            await check(trial)
     enter("reading the job's state")
+    if fresh:
+        await in_thread(state.move_aside, "A fresh start was asked for")
+    if config.checkpoint.replicas:
+        await (replicas.forget_all() if fresh else replicas.bring_back_ledger(state))
     ledger, generation = await first_generation(
-        context.state, config, context.node.ref(), dataset, context.replicas, fresh
+        state, config, context.node.ref(), dataset, replicas, check_anew
     )
     return Opened(dataset, ledger, generation, left.leases)
-
-
-async def _check(
-    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, enter: Callable[[str], None]
-) -> None:
-    enter(f"checking that the model goes with the dataset {dataset.name}")
-    await check_before_leasing(config, dataset.manifest, trial)
 
 
 async def _find(

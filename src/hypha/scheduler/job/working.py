@@ -94,7 +94,6 @@ class WorkingJob(JobStage):
         RequestHandlers(
             node,
             self.dataset,
-            lambda: self.machine.start,
             self._handle,
             self._carried_out,
             executors.holds,

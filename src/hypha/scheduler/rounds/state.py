@@ -270,7 +270,10 @@ class RoundState:
         """The next slice of whoever asks, or why there is none right now."""
         caller, request = asked.caller, asked.request
         member, stamp = self.members.get(caller), request.stamp
-        if member is None or (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
+        if (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
+            self.counts["stale generation"] += 1
+            return "the job has begun another generation"
+        if member is None:
             self.counts["uninvited"] += 1
             return "you take no part in this generation of the job"
         if self.over:
