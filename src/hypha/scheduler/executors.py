@@ -1,40 +1,49 @@
 """The executors of a job: started under their leases, steered, replaced, and at last all finished.
 
 Everything that is done for one executor happens in tasks of that executor alone, so a slow worker delays
-nobody.
+nobody. One task an executor sends one directive at a time, so that what arrives is in the order of ``seq``:
+the newest of each sort, repeated with growing pauses until it is acknowledged, or refused for good.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
 import trio
 
+from hypha.backoff import Backoff
 from hypha.config.job import DEFAULT_BATCH_SIZE, RoundsConfig
 from hypha.errors import NetworkError, Refused
 from hypha.messages import (
     CancelJob,
+    CloseRound,
+    Directive,
     DispatchJob,
     ExecutorClass,
     Finish,
     Job,
     PeerRef,
+    Plan,
     Rejoin,
+    SaveCheckpoint,
     Steer,
+    directive_slot,
 )
 from hypha.node import Node
 from hypha.scheduler.descriptions import Descriptions
 from hypha.scheduler.durable.starts import Generation
 from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.events import GoesOn, Input, JobRefused, Joined, ParticipantLost, Send
+from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status.round_traces import RoundTraces
-from hypha.scheduler.steering import Steering
-from hypha.tracing import span
-from hypha.tracing.operations import DISPATCH
+from hypha.tracing import span, trace_context
+from hypha.tracing.operations import DISPATCH, PLAN
 from hypha.tracing.spans import Attribute
 
 logger = logging.getLogger(__name__)
@@ -42,10 +51,91 @@ logger = logging.getLogger(__name__)
 _DISPATCH_TIMEOUT_S = 30.0
 _CANCEL_TIMEOUT_S = 15.0
 _PAUSE_S = 0.5
+_STEER_TIMEOUT_S = 10.0
+#: the first and the longest pause before a directive is sent again, and their jitter
+_STEER_PAUSES_S, _STEER_JITTER = (0.1, 5.0), (0.7, 1.3)
 #: the number of the last directive, which is higher than any before it
 _LAST_SEQ = 1 << 62
 
 Key = tuple[str, ExecutorClass]
+
+
+class Steering:
+    """The directives for the executor under ``lease``, in the generation that ``start`` begins. :meth:`run`
+    sends them until cancelled.
+    """
+
+    def __init__(self, node: Node, lease: LeaseGained, start: Start, traces: RoundTraces) -> None:
+        self._node = node
+        self._lease = lease
+        self._stamp = start.stamp
+        self._traces = traces
+        self._waiting: OrderedDict[tuple[str, str], Directive] = OrderedDict()
+        self._changed = trio.Event()
+        self._seq = start.generation << 32
+
+    def put(self, directive: Directive) -> None:
+        """Send it, and not what it supersedes."""
+        slot = directive_slot(directive)
+        self._waiting.pop(slot, None)
+        self._waiting[slot] = directive
+        self._changed.set()
+
+    async def send_first(self, directive: Directive) -> None:
+        """Send ``directive`` once, before all others. Raises :class:`NetworkError`."""
+        self._seq += 1
+        await self._node.request(self._lease.worker.peer, self._steer(directive), timeout_s=_STEER_TIMEOUT_S)
+
+    def _steer(self, directive: Directive) -> Steer:
+        return Steer(stamp=self._stamp, kind=self._lease.kind, seq=self._seq, directive=directive)
+
+    async def run(self) -> None:
+        """Send what is put, in order."""
+        while True:
+            while not self._waiting:
+                self._changed = trio.Event()
+                await self._changed.wait()
+            slot, directive = next(iter(self._waiting.items()))
+            self._seq += 1
+            with self._traced(directive):
+                await self._deliver(slot, directive)
+            if self._waiting.get(slot) is directive:
+                del self._waiting[slot]
+
+    def _traced(self, directive: Directive) -> AbstractContextManager[object]:
+        """In the trace of the round that ``directive`` is about, if it names one."""
+        stamp, within = self._stamp, None
+        if isinstance(directive, Plan | CloseRound | SaveCheckpoint):
+            within = self._traces.of_round(stamp, directive.round)
+        if not isinstance(directive, Plan) or within is None:
+            return trace_context(within)
+        attributes: dict[str, Attribute] = {
+            "hypha.job": stamp.job_id,
+            "hypha.job.generation": stamp.generation,
+            "hypha.round": directive.round,
+            "hypha.peer": self._lease.worker.peer,
+            "hypha.batches": -1 if directive.batches is None else directive.batches,
+        }
+        return span(PLAN, attributes, parent=within)
+
+    async def _deliver(self, slot: tuple[str, str], directive: Directive) -> None:
+        """Until it is acknowledged, superseded or refused for good."""
+        backoff, steer = Backoff(*_STEER_PAUSES_S, jitter=_STEER_JITTER), self._steer(directive)
+        fields = {"worker_peer_id": self._lease.worker.peer, "job_id": steer.stamp.job_id}
+        while self._waiting.get(slot) is directive:
+            try:
+                await self._node.request(self._lease.worker.peer, steer, timeout_s=_STEER_TIMEOUT_S)
+                logger.debug("%s was delivered", type(directive).__name__, extra={**fields, "seq": steer.seq})
+                return
+            except Refused as exc:
+                # an executor that is being started is not found yet
+                if not exc.retryable and exc.code != "not-found":
+                    logger.warning("%s was refused: %s", type(directive).__name__, exc, extra=fields)
+                    return
+                logger.debug("%s has to wait: %s", type(directive).__name__, exc, extra=fields)
+            except NetworkError as exc:
+                logger.debug("%s was not delivered: %s", type(directive).__name__, exc, extra=fields)
+            await trio.sleep(backoff.next_s())
 
 
 @dataclass
@@ -56,8 +146,8 @@ class _Executor:
     #: runs since an earlier generation, as far as is known here
     rejoins: bool
     #: the incarnation that it replaces, after a pause
-    instead_of: str = ""
-    pause_s: float = 0.0
+    instead_of: str
+    pause_s: float
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
@@ -146,23 +236,20 @@ class JobExecutors:
                 self._log_batches(descriptions.config.rounds, batch, lease)
             # before the worker gets the job, as its first event may overtake the reply
             self._handle(Joined(lease.worker, lease.kind, batch))
-            self._start(_Executor(lease, self._steering(lease), batch, rejoins))
+            self._start(lease, batch, rejoins)
 
     def again(self, peer: str, instead_of: str, pause_s: float) -> None:
         """Start the training executor there once more; nothing when its lease is over."""
         failed = self._executors.get((peer, "train"))
         if failed is not None:
             failed.scope.cancel()
-            lease, batch = failed.lease, failed.batch_size
-            self._start(_Executor(lease, self._steering(lease), batch, False, instead_of, pause_s))
+            self._start(failed.lease, failed.batch_size, False, instead_of, pause_s)
 
-    def _steering(self, lease: LeaseGained) -> Steering:
-        start = self._generation.start
-        before = start.generation << 32
-        return Steering(self._node, lease.worker, lease.kind, start.stamp, before, self._traces)
-
-    def _start(self, executor: _Executor) -> None:
-        lease = executor.lease
+    def _start(
+        self, lease: LeaseGained, batch: int, rejoins: bool, instead_of: str = "", pause_s: float = 0.0
+    ) -> None:
+        steering = Steering(self._node, lease, self._generation.start, self._traces)
+        executor = _Executor(lease, steering, batch, rejoins, instead_of, pause_s)
         self._executors[lease.worker.peer, lease.kind] = executor
         self._nursery.start_soon(self._run, executor)
 
