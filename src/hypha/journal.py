@@ -85,7 +85,12 @@ class Journal:
         """``machine`` handled ``event``; never raises for what cannot be written."""
         entry = JournalEntry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
         self._number += 1
-        size = _size_of(entry)
+        try:
+            # as MessagePack; of what has none, a guess
+            said = (entry.event, entry.actions, entry.state, entry.drawn)
+            size = len(msgspec.msgpack.encode(said, enc_hook=_hook))
+        except (NotImplementedError, TypeError, ValueError, OverflowError):
+            size = 1024
         self.entries.append(entry)
         self._sizes.append(size)
         self._size += size
@@ -145,15 +150,6 @@ def write_entries(path: Path, about: object, entries: Sequence[JournalEntry]) ->
         for entry in entries:
             staged.file.write(entry.line() + b"\n")
         staged.publish()
-
-
-def _size_of(entry: JournalEntry) -> int:
-    """As MessagePack; of what has none, a guess."""
-    try:
-        said = (entry.event, entry.actions, entry.state, entry.drawn)
-        return len(msgspec.msgpack.encode(said, enc_hook=_hook))
-    except (NotImplementedError, TypeError, ValueError, OverflowError):
-        return 1024
 
 
 def plain(value: object) -> Any:

@@ -306,8 +306,10 @@ class Finish(Message):
 Directive = Plan | Rejoin | Members | SendModel | CloseRound | SaveCheckpoint | Export | Finish
 
 
-def directive_slot(directive: Directive) -> tuple[str, str]:
-    """What a newer directive replaces. Each joiner needs theta, so ``SendModel`` counts per receiver."""
+def slot_of(directive: Directive) -> tuple[str, str]:
+    """A newer directive replaces that of its slot. Each joiner needs theta, so ``SendModel`` counts by
+    receiver.
+    """
     return (type(directive).__name__, directive.to.peer if isinstance(directive, SendModel) else "")
 
 

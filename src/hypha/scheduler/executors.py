@@ -33,7 +33,7 @@ from hypha.messages import (
     Rejoin,
     SaveCheckpoint,
     Steer,
-    directive_slot,
+    slot_of,
 )
 from hypha.node import Node
 from hypha.scheduler.descriptions import Descriptions
@@ -76,7 +76,7 @@ class Steering:
 
     def put(self, directive: Directive) -> None:
         """Send it, and not what it supersedes."""
-        slot = directive_slot(directive)
+        slot = slot_of(directive)
         self._waiting.pop(slot, None)
         self._waiting[slot] = directive
         self._changed.set()

@@ -13,7 +13,7 @@ from hypha.messages import OuterOptimizer
 from hypha.runtime import in_thread, is_simulated
 from hypha.scheduler.data.datasets import ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
-from hypha.scheduler.durable.database import LeftBehind, left_behind
+from hypha.scheduler.durable.database import left_behind
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.starts import Generation, first_generation
 from hypha.scheduler.job.states import JobContext
@@ -50,7 +50,7 @@ async def open_job(
     """Start the pool in ``nursery``, then open the job; ``enter`` is called with each step. Whoever calls
     closes the ledger. Raises :class:`hypha.errors.HyphaError`.
     """
-    config, state, replicas = context.config, context.state, context.replicas
+    config, node, state, replicas = context.config, context.node, context.state, context.replicas
     left = await left_behind(state.ledger)
     trained = not fresh and (bool(left.leases) or left.trained)
     # a child process has no virtual clock
@@ -69,7 +69,23 @@ async def open_job(
 
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
-        dataset = await _find(context, None if fresh else left, nursery, enter)
+        enter("waiting for a gateway")
+        await node.wait_connected()
+        if not fresh:
+            # they expire: they are renewed while everything else is looked for
+            context.pool.adopt(left.leases)
+        await nursery.start(context.pool.run)
+        looking = f"looking for the dataset {config.dataset.dataset}"
+        enter(looking)
+        known = None if fresh else left.manifest_hash
+        dataset = await find_dataset(node, config.dataset, lambda why: enter(f"{looking}: {why}"), known)
+        logger.info(
+            "The dataset %s has %d samples in %d slices at %d data nodes",
+            dataset.name,
+            dataset.manifest.samples,
+            len(dataset.manifest.slices),
+            len(dataset.providers),
+        )
         if checks != "none":
             await check(trial)
     enter("reading the job's state")
@@ -77,41 +93,8 @@ async def open_job(
         await in_thread(state.move_aside, "A fresh start was asked for")
     if config.checkpoint.replicas:
         await (replicas.forget_all() if fresh else replicas.bring_back_ledger(state))
-    ledger, generation = await first_generation(
-        state, config, context.node.ref(), dataset, replicas, check_anew
-    )
+    ledger, generation = await first_generation(state, config, node.ref(), dataset, replicas, check_anew)
     return Opened(dataset, ledger, generation, left.leases)
-
-
-async def _find(
-    context: JobContext,
-    left: LeftBehind | None,
-    nursery: trio.Nursery,
-    enter: Callable[[str], None],
-) -> ServedDataset:
-    config, node, pool = context.config, context.node, context.pool
-    enter("waiting for a gateway")
-    await node.wait_connected()
-    if left is not None:
-        # they expire: they are renewed while everything else is looked for
-        pool.adopt(left.leases)
-    await nursery.start(pool.run)
-    name = config.dataset.dataset
-    enter(f"looking for the dataset {name}")
-    dataset = await find_dataset(
-        node,
-        config.dataset,
-        lambda why: enter(f"looking for the dataset {name}: {why}"),
-        None if left is None else left.manifest_hash,
-    )
-    logger.info(
-        "The dataset %s has %d samples in %d slices at %d data nodes",
-        name,
-        dataset.manifest.samples,
-        len(dataset.manifest.slices),
-        len(dataset.providers),
-    )
-    return dataset
 
 
 async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import msgspec
 import trio
 
-from hypha.messages import Directive, ReceivedFile, directive_slot
+from hypha.messages import Directive, ReceivedFile, slot_of
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ class Directives:
 
     def put(self, seq: int, directive: Directive) -> bool:
         """Pass it on, unless one like it with the same or a higher ``seq`` has been here: then False."""
-        key = directive_slot(directive)
+        key = slot_of(directive)
         known = self._newest.pop(key, None)
         if known is not None and known[0] >= seq:
             self._newest[key] = known
