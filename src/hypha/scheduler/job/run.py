@@ -28,14 +28,7 @@ from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.handlers import served_directories
 from hypha.scheduler.job.opening import Opened, open_job, take_up
-from hypha.scheduler.job.states import (
-    JobContext,
-    JobResult,
-    JobStage,
-    Observation,
-    Observer,
-    Outcome,
-)
+from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Observation, Observer, Outcome
 from hypha.scheduler.job.working import WorkingJob
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.status.recording import recording

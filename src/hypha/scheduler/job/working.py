@@ -28,13 +28,7 @@ from hypha.scheduler.handlers import FileHandlers, RequestHandlers
 from hypha.scheduler.job.ending import publish
 from hypha.scheduler.job.opening import Opened
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage
-from hypha.scheduler.leasing.events import (
-    LeaseGained,
-    LeaseLeaving,
-    LeaseLost,
-    LeaseRecovered,
-    LeaseSuspect,
-)
+from hypha.scheduler.leasing.events import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import CarriedOver
@@ -91,13 +85,7 @@ class WorkingJob(JobStage):
         """Until ``end`` was called, or cancelled."""
         node, pool, executors = self._context.node, self._context.pool, self.executors
         FileHandlers(node, self._context.directories, self._store, executors.holds, self._is_server).open()
-        RequestHandlers(
-            node,
-            self.dataset,
-            self._handle,
-            self._carried_out,
-            executors.holds,
-        ).open()
+        RequestHandlers(node, self.dataset, self._handle, self._carried_out, executors.holds).open()
         for record in await self._ledger.run(Ledger.track_records):
             pool.know(record)
         pool.want("aggregate", 1)
@@ -149,9 +137,8 @@ class WorkingJob(JobStage):
 
     async def _request_save(self, server: PeerRef, round_: int) -> None:
         """Send it until it is delivered."""
-        directive = SaveCheckpoint(round=round_)
-        stamp = self.machine.start.stamp
-        steer = Steer(stamp=stamp, kind="aggregate", seq=_SAVE_SEQ, directive=directive)
+        stamp, save = self.machine.start.stamp, SaveCheckpoint(round=round_)
+        steer = Steer(stamp=stamp, kind="aggregate", seq=_SAVE_SEQ, directive=save)
         while True:
             try:
                 await self._context.node.request(server.peer, steer)

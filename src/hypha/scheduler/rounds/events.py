@@ -5,15 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from hypha.errors import HyphaError
-from hypha.messages import (
-    Directive,
-    ExecutorClass,
-    JobStamp,
-    LedgerRound,
-    NextSlice,
-    PeerRef,
-    Progress,
-)
+from hypha.messages import Directive, ExecutorClass, JobStamp, LedgerRound, NextSlice, PeerRef, Progress
 from hypha.messages import Event as ExecutorEvent
 from hypha.scheduler.data.slices import Assignment, TrackerState
 from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start

@@ -11,15 +11,7 @@ import math
 from collections import Counter
 from typing import Literal
 
-from hypha.messages import (
-    Contribution,
-    Directive,
-    ExecutorClass,
-    Members,
-    PeerRef,
-    RoundStarted,
-    SendModel,
-)
+from hypha.messages import Contribution, Directive, ExecutorClass, Members, PeerRef, RoundStarted, SendModel
 from hypha.rules.contributions import contribution_problem
 from hypha.scheduler.data.slices import Assignment, SliceTracker
 from hypha.scheduler.rounds import events
