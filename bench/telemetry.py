@@ -42,7 +42,7 @@ from bench.report import Bound, Report, Row
 from hypha.cli.local.children import Child
 from hypha.data import PrepareOptions, prepare
 from hypha.errors import HyphaError
-from hypha.scheduler import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 from hypha.telemetry.instruments import RENEWALS
 from hypha.tracing import span
 from hypha.tracing.operations import CONNECT

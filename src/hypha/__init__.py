@@ -70,7 +70,9 @@ if TYPE_CHECKING:
     from hypha.gateway import run_gateway
     from hypha.messages import LedgerFile, LedgerRound, Manifest
     from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root
-    from hypha.scheduler import JobResult, read_ledger, run_job
+    from hypha.scheduler.durable.ledger import read_ledger
+    from hypha.scheduler.job.run import run_job
+    from hypha.scheduler.job.states import JobResult
     from hypha.worker.node import run_worker
 
 _MODULES = {
@@ -99,7 +101,9 @@ _MODULES = {
     "hypha.gateway": ("run_gateway",),
     "hypha.messages": ("LedgerFile", "LedgerRound", "Manifest"),
     "hypha.pki.authority": ("CaFiles", "MadeFiles", "make_node", "make_org", "make_root"),
-    "hypha.scheduler": ("JobResult", "read_ledger", "run_job"),
+    "hypha.scheduler.durable.ledger": ("read_ledger",),
+    "hypha.scheduler.job.run": ("run_job",),
+    "hypha.scheduler.job.states": ("JobResult",),
     "hypha.worker.node": ("run_worker",),
 }
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
@@ -128,3 +128,28 @@ def is_simulated() -> bool:
 def wall_time() -> float:
     """As :meth:`Runtime.wall_time`."""
     return _current.get().wall_time()
+
+
+async def when_cancelled(call: Callable[[], None]) -> None:
+    """Until this is cancelled, and then ``call``."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        call()
+
+
+@contextlib.asynccontextmanager
+async def outlasting(last_s: float) -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
+    """Two scopes: cancelled from outside, the first is cancelled at once, the second, shielded, ``last_s``
+    later. So a node lives until its peers have been told of the end.
+    """
+    first, last = trio.CancelScope(), trio.CancelScope(shield=True)
+
+    def pass_on() -> None:
+        first.cancel()
+        last.deadline = trio.current_time() + last_s
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(when_cancelled, pass_on)
+        yield first, last
+        nursery.cancel_scope.cancel()

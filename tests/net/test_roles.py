@@ -23,6 +23,7 @@ from tests.recorded.examples import example
 from tests.support.network import Network, address_of, until
 
 from hypha import access
+from hypha.config.job import DatasetRef
 from hypha.errors import IdentityError, PeerUnreachable, Refused
 from hypha.messages import (
     WORKER_TOPIC,
@@ -46,7 +47,7 @@ from hypha.net.libp2p.streams import STREAM_ERRORS, discard
 from hypha.pki import authority, certificates, identity
 from hypha.pki.authority import CaFiles, make_org
 from hypha.pki.identity import load_identity
-from hypha.scheduler.data.datasets import Pins
+from hypha.scheduler.data.datasets import why_not_used
 
 pytestmark = pytest.mark.loopback
 
@@ -99,7 +100,7 @@ async def test_each_role_may_do_what_the_table_says_and_nothing_else(
             allowed = may(role, use.by)
             assert user._peers.may_serve_as(service, node.peer_id) is allowed, (service, role)
             if service == "dataset":
-                assert (Pins().problem(user, node.peer_id) is None) is allowed
+                assert (why_not_used(DatasetRef(dataset="d"), user, node.peer_id) is None) is allowed
 
 
 async def try_requests(nodes: Cast) -> None:

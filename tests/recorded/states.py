@@ -46,7 +46,7 @@ from hypha.net.discovery.dht import _refs, key_of
 from hypha.rules.leases import Renew, Tick
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
 from hypha.scheduler.durable.export import Published
-from hypha.scheduler.durable.ledger import Ledger, Opening, export_ledger, read_ledger
+from hypha.scheduler.durable.ledger import Ledger, Standing, export_ledger, read_ledger
 from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Gained, LeaseFailed, LeaseGained, Offered, Search, Want
@@ -91,8 +91,9 @@ def read_states(directory: Path) -> Iterator[tuple[str, Any]]:
     yield "dataset manifest's hash", dataset.manifest_hash
     with StateDirectory(directory / "scheduler", JOB) as state:
         ledger = Ledger(state.ledger)
-        for name in ("standing", "slices", "replicas", "starts", "open_round", "newest_start", "leases"):
+        for name in ("standing", "slices", "replicas", "starts", "open_round", "leases"):
             yield f"ledger: {name}", getattr(ledger, name)()
+        yield "ledger: newest_start", ledger.starts()[0].round
         yield "ledger: published", ledger.published()
         ledger.close()
         yield "ledger: all of it", read_ledger(state.ledger)
@@ -103,7 +104,7 @@ def read_states(directory: Path) -> Iterator[tuple[str, Any]]:
             part.write_bytes(b"\n".join(entries))
             # a later version may decide otherwise; it must be able to read what it would decide about
             yield f"journal: {machine} can be run again", rerun(part).machines == 1
-        job_id = example(Opening).job_id
+        job_id = example(Standing).job_id
         store = CheckpointStore(state, job_id, 3)
         yield "checkpoint is whole", store.verify(ROUND)
         yield "checkpoint: index", store.index(ROUND)
@@ -162,7 +163,7 @@ def _write_dataset(into: Path) -> None:
 
 
 def _write_checkpoint(state: StateDirectory) -> CheckpointIndex:
-    job_id, life = example(Opening).job_id, JobStamp(job_id="", generation=1, round=ROUND)
+    job_id, life = example(Standing).job_id, JobStamp(job_id="", generation=1, round=ROUND)
     store = CheckpointStore(state, job_id, 3)
     weights = {"layer.weight": torch.tensor([[0.5, -1.25], [3.0, 0.125]])}
     buffers = {"layer.seen": torch.tensor(7, dtype=torch.int64)}
@@ -184,12 +185,10 @@ def _write_checkpoint(state: StateDirectory) -> CheckpointIndex:
 
 def _write_ledger(state: StateDirectory, dataset: Path, index: CheckpointIndex) -> None:
     described = load_dataset_directory(dataset)
-    opening = msgspec.structs.replace(
-        example(Opening), manifest=described.manifest, manifest_hash=described.manifest_hash
-    )
+    opening = msgspec.structs.replace(example(Standing), manifest_hash=described.manifest_hash)
     tracker = SliceTracker([part.samples for part in described.manifest.slices])
     ledger = Ledger(state.ledger)
-    ledger.open_job(opening, tracker.to_state())
+    ledger.open_job(opening, described.manifest, tracker.to_state())
     ledger.first_theta("theta of round 0")
     entry = example(LedgerRound)
     for round_ in range(ROUND):
@@ -210,7 +209,7 @@ def _write_ledger(state: StateDirectory, dataset: Path, index: CheckpointIndex) 
 
 def _round_record() -> RoundRecord:
     record = msgspec.structs.replace(
-        example(RoundRecord), job_id=example(Opening).job_id, generation=0, round=0
+        example(RoundRecord), job_id=example(Standing).job_id, generation=0, round=0
     )
     # of a plain number of decimals, as records are written
     return msgspec.structs.replace(record, began=1_700_000_000.5)

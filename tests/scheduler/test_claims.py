@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.scheduler.test_ledger import opening
+from tests.scheduler.test_ledger import MANIFEST, opening
 from tests.scheduler.test_rounds import check_contributions, rules
 from tests.scheduler.world import Worker, World, received
 
@@ -218,26 +218,6 @@ def test_an_update_of_an_executor_that_is_gone_may_have_had_other_batches() -> N
     part = msgspec.structs.replace(GOOD, batch_size=60, batches=1, incarnation="the one before")
     world.feed(Told("ps", "aggregate", "ps-1", stamp(world), received(part)))
     assert world.machine.updates.accepted == {"a": part}
-
-
-def test_a_parameter_server_of_an_earlier_version_says_what_was_added_when_it_says_what_was_applied() -> None:
-    """Not again as it came, where another scheduler takes over."""
-    world = training("a", "b")
-    part = msgspec.structs.replace(GOOD, incarnation=world.workers["a"].incarnation)
-    applied = RoundApplied(round=0, theta="t1", contributors=("a",), contributions=(part,))
-    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
-    assert world.records[0].contributors == (part,)
-
-
-def test_a_parameter_server_of_an_earlier_version_that_applied_what_cannot_be_is_replaced() -> None:
-    world = training("a", "b")
-    part = msgspec.structs.replace(GOOD, incarnation=world.workers["a"].incarnation)
-    other = msgspec.structs.replace(part, worker="b", samples=10**12)
-    applied = RoundApplied(round=0, theta="t1", contributors=("a", "b"), contributions=(part, other))
-    world.feed(Told("ps", "aggregate", "ps-1", stamp(world), applied))
-    assert isinstance(world.ended, Restart)
-    assert "ps" in replaced(world)
-    assert not world.records
 
 
 def test_what_was_applied_is_recorded_once_each_update_in_it_was_reported() -> None:
@@ -449,7 +429,7 @@ def test_a_round_that_holds_odd_claims_is_written_and_read_and_the_job_resumed(
     assert 0 < record.entry.samples < 1000
     assert 0 < record.steps < 1000
     ledger = Ledger(tmp_path / "job.db")
-    ledger.open_job(opening(), record.tracker or world.machine.tracker.to_state())
+    ledger.open_job(opening(), MANIFEST, record.tracker or world.machine.tracker.to_state())
     ledger.record(record.entry, record.tracker, record.steps)
     assert [entry.round for entry in ledger.to_file().rounds] == [0]
     ledger.failed("c", "its executor failed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha import __version__
+from hypha.config.job import DatasetRef
 from hypha.errors import DatasetMismatch, DatasetNotFound, Refused
 from hypha.features import Abilities, features_of
 from hypha.messages import (
@@ -25,7 +27,7 @@ from hypha.messages import (
 )
 from hypha.node import Node
 from hypha.rules.manifests import manifest_hash
-from hypha.scheduler.data.datasets import REFRESH_S, ManifestChoice, Pins, find_dataset
+from hypha.scheduler.data.datasets import REFRESH_S, find_dataset
 from hypha.scheduler.status.versions import ServiceVersions
 
 MANIFEST = Manifest(
@@ -34,6 +36,10 @@ MANIFEST = Manifest(
 OTHER = Manifest(
     name="digits", columns=(), slices=(SliceInfo(file="0", samples=20, size=9, blake3="11" * 32),)
 )
+
+
+def digits(wait_s: float | None = 10.0, **keys: Any) -> DatasetRef:
+    return DatasetRef(dataset="digits", wait_s=wait_s, **keys)
 
 
 @asynccontextmanager
@@ -67,7 +73,7 @@ async def test_a_data_node_that_is_gone_is_not_named_any_more_and_one_that_comes
     ):
         async with AsyncExitStack() as stack:
             goes = await stack.enter_async_context(data_node(network, gateway))
-            dataset = await find_dataset(scheduler, "digits", 10.0)
+            dataset = await find_dataset(scheduler, digits(10.0))
             nursery.start_soon(dataset.watch, scheduler)
             await until(lambda: set(dataset.providers) == {stays.peer_id, goes.peer_id}, 20.0)
             began = trio.current_time()
@@ -98,10 +104,10 @@ async def test_a_worker_cannot_pass_for_a_data_node(
 
         monkeypatch.setattr(scheduler, "find_providers", named_too)
         with pytest.raises(DatasetNotFound, match="announce it that this job does not use"):
-            await find_dataset(scheduler, "digits", 2.0)
+            await find_dataset(scheduler, digits(2.0))
         assert caplog.text.count("its certificate has the role worker; it is not used") == 1
         async with data_node(network, gateway) as honest:
-            dataset = await find_dataset(scheduler, "digits", 10.0)
+            dataset = await find_dataset(scheduler, digits(10.0))
             await dataset.refresh(scheduler)
             assert set(dataset.providers) == {honest.peer_id}
             assert impostor.peer_id != honest.peer_id
@@ -119,12 +125,12 @@ async def test_a_job_may_name_its_data_nodes(
         data_node(network, gateway, manifest=OTHER, organization="Other Lab") as theirs,
     ):
         for pins, wanted in (
-            (Pins(organizations=frozenset({"Lab"})), ours),
-            (Pins(organizations=frozenset({"Other Lab"})), theirs),
-            (Pins(data_nodes=frozenset({theirs.peer_id})), theirs),
-            (Pins(frozenset({"Lab"}), frozenset({ours.peer_id})), ours),
+            (digits(organizations=["Lab"]), ours),
+            (digits(organizations=["Other Lab"]), theirs),
+            (digits(data_nodes=[theirs.peer_id]), theirs),
+            (digits(organizations=["Lab"], data_nodes=[ours.peer_id]), ours),
         ):
-            dataset = await find_dataset(scheduler, "digits", 10.0, pins=pins)
+            dataset = await find_dataset(scheduler, pins)
             await dataset.refresh(scheduler)
             assert set(dataset.providers) == {wanted.peer_id}
         assert "is of 'Other Lab', which scheduler.job.dataset.organizations does not name" in caplog.text
@@ -146,7 +152,7 @@ async def test_who_is_refused_a_dataset_is_told_why(
 
         data.answer(DescribeDataset, refuse)
         with pytest.raises(DatasetNotFound, match="that this job does not use"):
-            await find_dataset(scheduler, "digits", 2.0)
+            await find_dataset(scheduler, digits(2.0))
         assert caplog.text.count("serves digits, but not to this job: it is for other organisations") == 1
 
 
@@ -162,12 +168,8 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
         data_node(network, gateway, manifest=OTHER) as differs,
         data_node(network, gateway, manifest=OTHER, stated=meant) as liar,
     ):
-        for wanted in (
-            ManifestChoice(pinned=meant),
-            ManifestChoice(known=meant),
-            ManifestChoice(pinned=meant, known=other),
-        ):
-            dataset = await find_dataset(scheduler, "digits", 10.0, wanted=wanted)
+        for pinned, known in ((meant, None), (None, meant), (meant, other)):
+            dataset = await find_dataset(scheduler, digits(manifest_hash=pinned), known=known)
             assert (dataset.manifest_hash, set(dataset.providers)) == (meant, {honest.peer_id})
             await dataset.refresh(scheduler)
             assert set(dataset.providers) == {honest.peer_id}
@@ -177,9 +179,9 @@ async def test_of_data_that_differs_the_pinned_or_known_one_is_used_and_the_othe
             "does not serve digits as it states" in text and peer == liar.peer_id for text, peer in said
         )
         with pytest.raises(DatasetMismatch, match=f"{'ab' * 32} of the job"):
-            await find_dataset(scheduler, "digits", 1.0, wanted=ManifestChoice(pinned="ab" * 32))
+            await find_dataset(scheduler, digits(1.0, manifest_hash="ab" * 32))
         async with data_node(network, gateway):
-            assert (await find_dataset(scheduler, "digits", 10.0)).manifest_hash == meant
+            assert (await find_dataset(scheduler, digits(10.0))).manifest_hash == meant
 
 
 @virtual_time
@@ -195,7 +197,7 @@ async def test_gateways_and_data_nodes_state_what_they_run(
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(services.run, scheduler)
-        dataset = await find_dataset(scheduler, "digits", 10.0)
+        dataset = await find_dataset(scheduler, digits(10.0))
         await until(lambda: services.gateways)
         # one of a version that says nothing of itself, and one of this
         assert dataset.stated == {data.peer_id: Abilities()}
@@ -227,7 +229,7 @@ async def test_where_as_many_serve_one_as_another_none_wins_silently_and_none_st
         data_node(network, gateway, manifest=OTHER, organization="Other Lab") as theirs,
     ):
         began = trio.current_time()
-        dataset = await find_dataset(scheduler, "digits", wait_s, told.append)
+        dataset = await find_dataset(scheduler, digits(wait_s), told.append)
         # another one might have come
         assert trio.current_time() - began >= (10.0 if wait_s is None else 2.0)
     used = {"Lab": meant, "Other Lab": other}.get(own, min(meant, other))
@@ -260,9 +262,9 @@ async def test_what_the_hash_does_not_cover_is_believed_where_all_say_it(
             manifest = msgspec.structs.replace(MANIFEST, ranges=stated)
             await stack.enter_async_context(data_node(network, gateway, manifest=manifest))
             if number == len(ranges) - 2:
-                assert (await find_dataset(scheduler, "digits", 10.0)).manifest.ranges == true
+                assert (await find_dataset(scheduler, digits(10.0))).manifest.ranges == true
         assert "are not checked" not in caplog.text
-        dataset = await find_dataset(scheduler, "digits", 10.0)
+        dataset = await find_dataset(scheduler, digits(10.0))
     assert dataset.manifest.ranges == ()
     assert len(dataset.providers) == len(ranges)
     assert "state different ranges of numbers for the columns of digits" in caplog.text

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from hypha.config.job import JobConfig
+from hypha.config.job import DatasetRef, JobConfig
 from hypha.errors import ConfigError
 from hypha.messages import (
     ClassNames,
     Column,
+    DatasetDescription,
     HuggingFace,
     Local,
     Manifest,
@@ -20,9 +21,10 @@ from hypha.messages import (
     Peers,
     Resources,
 )
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.descriptions import Descriptions, class_names, outer_optimizer
-from hypha.scheduler.durable.starts import Generation, described
+from hypha.scheduler.descriptions import Descriptions, class_names, described, outer_optimizer
+from hypha.scheduler.durable.starts import Generation
 from hypha.scheduler.rounds.policy import Rules, Start
 from hypha.scheduler.status.view import in_words
 
@@ -162,8 +164,10 @@ def test_the_datasets_names_of_classes_go_to_whoever_exports() -> None:
     # a description is sent in one request
     many = (ClassNames(column="kind", names=tuple(f"{number:050}" for number in range(5000))),)
     assert class_names(model, replace(manifest, labels=many)) == ()
-    job = Descriptions(config(), Start("job"), SCHEDULER, ("a", "b"))
-    assert job.aggregate("p", None).model.class_names == ("a", "b")
+    description = DatasetDescription(manifest=manifest, manifest_hash="h")
+    served = ServedDataset(DatasetRef(dataset="d"), description, [])
+    job = Descriptions(config(), Start("job"), SCHEDULER, served)
+    assert job.aggregate("p", None).model.class_names == ("a", "b", "c")
     # neither what is compared when the job is taken up again, nor what trainers are told, has them
     assert job.train("w", PeerRef(peer="p"), 16).model.class_names == ()
     assert described(config(), SCHEDULER, "job")[1].model.class_names == ()

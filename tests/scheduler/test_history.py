@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from tests.scheduler.test_ledger import entry, opening
+from tests.scheduler.test_ledger import MANIFEST, entry, opening
 from tests.scheduler.test_rounds import rules
 from tests.scheduler.world import Worker, World
 from tests.support.polling import until
@@ -178,7 +178,7 @@ def record(round_: int, generation: int = 0, **changes: object) -> RoundRecord:
 def ledger(directory: Path, *entries: LedgerRound) -> None:
     opened = Ledger(directory / "job.db")
     tracker = SliceTracker([4]).to_state()
-    opened.open_job(opening(), tracker)
+    opened.open_job(opening(), MANIFEST, tracker)
     for one in entries:
         opened.record(one, tracker, 10)
     opened.close()

@@ -89,8 +89,11 @@ from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.rules.leases import Lease
 from hypha.rules.manifests import manifest_hash
-from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, read_ledger, run_job
-from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.ledger import Ledger, read_ledger
+from hypha.scheduler.job.ending import finished_job
+from hypha.scheduler.job.run import run_job
+from hypha.scheduler.job.states import JobResult, Observation
+from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent
 from hypha.worker.leasing.arbiter import Arbiter

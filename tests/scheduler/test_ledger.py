@@ -30,26 +30,25 @@ from hypha.messages import (
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.descriptions import Descriptions, without_secrets
-from hypha.scheduler.durable.database import held_leases
-from hypha.scheduler.durable.ledger import Ledger, Opening, export_ledger, open_ledger, read_ledger
+from hypha.scheduler.durable.database import left_behind
+from hypha.scheduler.durable.ledger import Ledger, Standing, export_ledger, open_ledger, read_ledger
 from hypha.scheduler.leasing.events import LeaseGained
 from hypha.scheduler.rounds.policy import Start
 
 MANIFEST = Manifest(name="d", columns=(), slices=(SliceInfo(file="a", samples=4, size=1, blake3="00"),))
 
 
-def opening() -> Opening:
+def opening() -> Standing:
     config = JobConfig(
         model=ModelConfig(type="causal-lm", repository="org/model", token="secret"),
         dataset=DatasetRef(dataset="d"),
         output="out",
     )
     descriptions = Descriptions(config, Start("job-1"), PeerRef(peer="s", addresses=("/ip4/1.2.3.4",)))
-    return Opening(
+    return Standing(
         job_id="job-1",
-        train=without_secrets(descriptions.train("w", PeerRef(peer="p"), 8)),  # type: ignore[arg-type]
-        aggregate=without_secrets(descriptions.aggregate("p", None)),  # type: ignore[arg-type]
-        manifest=MANIFEST,
+        train=without_secrets(descriptions.train("w", PeerRef(peer="p"), 8)),
+        aggregate=without_secrets(descriptions.aggregate("p", None)),
         manifest_hash="h",
     )
 
@@ -84,7 +83,7 @@ def entry(round_: int, generation: int = 0, workers: str = "ab") -> LedgerRound:
 async def test_what_was_written_is_read_and_exported(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "job.db")
     tracker = SliceTracker([4]).to_state()
-    await ledger.run(Ledger.open_job, opening(), tracker)
+    await ledger.run(Ledger.open_job, opening(), MANIFEST, tracker)
     await ledger.run(Ledger.first_theta, "t0")
     await ledger.run(Ledger.record, entry(0), tracker, 2)
     await ledger.run(Ledger.record, entry(1), tracker, 4)
@@ -103,7 +102,7 @@ async def test_what_was_written_is_read_and_exported(tmp_path: Path) -> None:
 async def test_a_later_life_discards_and_goes_on(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "job.db")
     tracker = SliceTracker([4]).to_state()
-    await ledger.run(Ledger.open_job, opening(), tracker)
+    await ledger.run(Ledger.open_job, opening(), MANIFEST, tracker)
     for round_ in range(4):
         await ledger.run(Ledger.record, entry(round_), tracker, 2 * round_ + 2)
         if round_ == 1:
@@ -135,7 +134,7 @@ async def test_a_later_life_discards_and_goes_on(tmp_path: Path) -> None:
 async def test_a_thousand_rounds_stay_small(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "job.db")
     tracker = SliceTracker([4]).to_state()
-    await ledger.run(Ledger.open_job, opening(), tracker)
+    await ledger.run(Ledger.open_job, opening(), MANIFEST, tracker)
     for round_ in range(1000):
         await ledger.run(Ledger.record, entry(round_), tracker, round_)
     with sqlite3.connect(tmp_path / "job.db") as db:
@@ -180,7 +179,7 @@ def lease(lease_id: str, peer: str) -> LeaseGained:
 
 async def test_leases_of_a_killed_scheduler_are_found_again(tmp_path: Path) -> None:
     path = tmp_path / "job.db"
-    assert await held_leases(path) == []
+    assert (await left_behind(path)).leases == ()
     ledger = Ledger(path)
     one, two, three = lease("l1", "1"), lease("l2", "2"), lease("l3", "2")
     for held in (one, two, three):
@@ -188,7 +187,7 @@ async def test_leases_of_a_killed_scheduler_are_found_again(tmp_path: Path) -> N
     ledger.lease_ended("l2")
     ledger.lease_ended("never held")
     ledger.close()
-    assert await held_leases(path) == [one, three]
+    assert (await left_behind(path)).leases == (one, three)
     later = Ledger(path)
     assert later.leases() == [one, three]
     later.lease_ended()
@@ -199,15 +198,13 @@ async def test_leases_of_a_killed_scheduler_are_found_again(tmp_path: Path) -> N
 async def test_the_open_round_and_its_slices_outlive_the_scheduler(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "job.db")
     tracker = SliceTracker([4, 4, 4])
-    await ledger.run(Ledger.open_job, opening(), tracker.to_state())
+    await ledger.run(Ledger.open_job, opening(), MANIFEST, tracker.to_state())
     assert await ledger.run(Ledger.open_round) == (0, 0, "")
     await ledger.run(Ledger.first_theta, "t0")
     assert await ledger.run(Ledger.open_round) == (0, 0, "t0")
     tracker.next("a", "life", 1)
-    older = tracker.to_state()
     tracker.next("b", "life", 1)
     await ledger.run(Ledger.keep_slices, tracker.to_state())
-    await ledger.run(Ledger.keep_slices, older)  # overtaken
     again = SliceTracker.from_state(await ledger.run(Ledger.slices))
     assert (again.held("a"), again.held("b")) == ([(0, 0)], [(0, 1)])
     assert again.next("a", "life", 1).index == 0
@@ -226,7 +223,7 @@ async def test_a_full_disk_is_waited_out_and_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = Ledger(tmp_path / "job.db")
-    await ledger.run(Ledger.open_job, opening(), SliceTracker((4,)).to_state())
+    await ledger.run(Ledger.open_job, opening(), MANIFEST, SliceTracker((4,)).to_state())
     pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
     ledger._db.execute(f"PRAGMA max_page_count = {pages}")
     written: list[int] = []
@@ -277,7 +274,7 @@ async def test_a_scheduler_that_is_started_on_a_full_disk_waits_too(
     monkeypatch.setattr(sqlite3, "connect", connect)
     with caplog.at_level(logging.INFO, logger="hypha.scheduler"):
         # not taken for a ledger without leases
-        assert await held_leases(path) == [lease("l1", "1")]
+        assert (await left_behind(path)).leases == (lease("l1", "1"),)
         assert caplog.text.count("stands still") == caplog.text.count("can be written again") == 1
         troubles = [full]
         again = await open_ledger(path)
@@ -292,7 +289,7 @@ async def test_a_scheduler_that_is_started_on_a_full_disk_waits_too(
 async def test_rounds_of_an_earlier_version_are_read_and_what_is_measured_now_is_kept(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "job.db")
     tracker = SliceTracker([4]).to_state()
-    await ledger.run(Ledger.open_job, opening(), tracker)
+    await ledger.run(Ledger.open_job, opening(), MANIFEST, tracker)
     await ledger.run(Ledger.record, entry(0), tracker, 2)
     measured = UpdateStatistics(worker="a", norm=2.0, cosine=0.5, size_bytes=100)
     await ledger.run(Ledger.record, msgspec.structs.replace(entry(1), updates=(measured,)), tracker, 4)

@@ -132,7 +132,9 @@ def replayed(order: list[tuple[Said, bool]], deduplicated: bool) -> tuple[Books,
             if isinstance(action, Record):
                 records[action.entry.round] = action.entry
             if isinstance(action, AnswerSlice) and action.slice is not None:
-                assert answers.setdefault((action.caller, action.seq), action.slice) == action.slice
+                assert isinstance(one.what, SliceAsked)
+                question = (one.what.caller, one.what.request.seq)
+                assert answers.setdefault(question, action.slice) == action.slice
     return contributions_of(machine, records), machine.counts
 
 

@@ -26,10 +26,12 @@ from hypha.messages import (
     replica_name,
 )
 from hypha.node import Node
-from hypha.scheduler import JobResult, JobSnapshot, Observation, read_ledger, run_job
-from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.ledger import Ledger, read_ledger
 from hypha.scheduler.durable.replicas import GENERATIONS_SKIPPED, LEDGER, ranked
+from hypha.scheduler.job.run import run_job
+from hypha.scheduler.job.states import JobResult, Observation
 from hypha.scheduler.leasing.events import LeaseGained
+from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
 
@@ -120,7 +122,7 @@ async def restored(
             await stopped(run_job, config, *places)
             with closing(Ledger(state / "job.db")) as opened:
                 standing = opened.standing()
-                newest = opened.newest_start()
+                newest = opened.starts()[0].round
                 copies = opened.replicas(newest)
             assert standing is not None
             assert len(copies) == 1, "one copy was wanted"

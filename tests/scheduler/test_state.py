@@ -56,13 +56,12 @@ def put(store: CheckpointStore, round_: int, name: str, data: bytes, generation:
     store.arrived(meta)
 
 
-@pytest.mark.parametrize(("stamped", "prefix"), [(10, "10/"), (9, ""), (10, "round-10/")])
-def test_a_checkpoint_appears_whole(tmp_path: Path, stamped: int, prefix: str) -> None:
+def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
     with StateDirectory(tmp_path, "job") as state:
         state.prepare()
         store = CheckpointStore(state, "job", keep=2)
-        put(store, stamped, f"{prefix}theta.safetensors", b"theta")
-        put(store, stamped, f"{prefix}momentum.safetensors", b"momentum")
+        put(store, 10, "theta.safetensors", b"theta")
+        put(store, 10, "momentum.safetensors", b"momentum")
         assert not store.verify(10)
         with pytest.raises(Refused):
             store.files(10)

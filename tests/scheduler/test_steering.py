@@ -7,9 +7,12 @@ from tests.support.network import until
 from tests.support.virtual_network import VirtualNetwork, virtual_time
 
 from hypha.errors import Refused
-from hypha.messages import Acknowledged, JobStamp, Members, PeerRef, Plan, SendModel, Steer
+from hypha.messages import Acknowledged, Members, PeerRef, Plan, Resources, SendModel, Steer
+from hypha.scheduler.executors import Steering
 from hypha.scheduler.handlers import Seen
-from hypha.scheduler.steering import Steering
+from hypha.scheduler.leasing.events import LeaseGained
+from hypha.scheduler.rounds.policy import Start
+from hypha.scheduler.status.round_traces import RoundTraces
 
 
 @virtual_time
@@ -29,7 +32,8 @@ async def test_the_newest_of_each_kind_arrives_in_order_whatever_is_refused(netw
         async with network.leaf("scheduler", [gateway]) as scheduler:
             async with network.leaf("worker", [gateway]) as worker, trio.open_nursery() as nursery:
                 worker.answer(Steer, steer)
-                steering = Steering(scheduler, worker.ref(), "aggregate", JobStamp(job_id="j", generation=4))
+                lease = LeaseGained("l", worker.ref(), Resources(cpu=1), 1.0, "aggregate")
+                steering = Steering(scheduler, lease, Start("j", 4), RoundTraces(None))
                 scheduler.learn(worker.ref())
                 for batches in range(5):
                     steering.put(Plan(round=1, batches=batches))

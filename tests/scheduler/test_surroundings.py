@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import trio
 from tests.scheduler.test_rounds import rules
 from tests.scheduler.world import Worker, World, received
 
 from hypha.errors import AllocationFailed, JobFailed, ModelError
 from hypha.messages import Contribution, ExecutorError, JobStamp, ModelReady, NextSlice, PeerRef, SliceRange
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.handlers import KeptSlices
 from hypha.scheduler.rounds.events import (
     AnswerSlice,
     DataServed,
@@ -191,7 +189,7 @@ def test_slices_are_kept_before_their_answer_and_only_when_they_changed() -> Non
     assert isinstance(keep, KeepSlices)
     assert isinstance(answer, AnswerSlice)
     assert answer.slice is not None
-    assert (answer.kept, keep.tracker) == (one.tracker.version, one.tracker.to_state())
+    assert keep.tracker == one.tracker.to_state()
     assert one.handle(SliceAsked("a", question), world.now) == [answer], "the same question"
     assert KeepSlices not in kinds(one.handle(TimePassed(), world.now)), "nothing has changed since"
     one.handle(JobRefused("b", "train", "no"), world.now)
@@ -206,24 +204,6 @@ def test_a_round_that_is_recorded_has_its_slices_with_it() -> None:
         if isinstance(before, Record) and isinstance(action, KeepSlices):
             assert before.tracker is not None
             assert action.tracker.version > before.tracker.version
-
-
-async def test_whoever_waits_for_kept_slices_is_let_go_at_the_version_or_the_end() -> None:
-    kept, seen = KeptSlices(), list[tuple[int, bool]]()
-
-    async def wait(version: int) -> None:
-        seen.append((version, await kept.wait(version)))
-
-    async with trio.open_nursery() as nursery:
-        for version in (1, 2, 3):
-            nursery.start_soon(wait, version)
-        await trio.testing.wait_all_tasks_blocked()
-        kept.note(2)
-        await trio.testing.wait_all_tasks_blocked()
-        kept.note(1)
-        assert sorted(seen) == [(1, True), (2, True)]
-        kept.close()
-    assert seen[-1] == (3, False)
 
 
 def test_a_round_that_has_not_begun_here_gets_slices_only_with_an_update_in_this_one() -> None:

@@ -36,7 +36,7 @@ from hypha.cli.local.workplace import MODEL
 from hypha.data import PrepareOptions, prepare
 from hypha.executor.replay import largest_difference, replay
 from hypha.messages import LedgerFile
-from hypha.scheduler import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 
 #: a ``[scheduler.job.model]`` that executors build without transformers
 PLAIN: dict[str, Any] = {"type": "torch", "entrypoint": "tests.support.plain:Digits"}

@@ -26,7 +26,8 @@ import trio.testing
 
 from hypha.config.models import SchedulerConfig
 from hypha.runtime import use_runtime
-from hypha.scheduler import JobResult, Observation, run_job
+from hypha.scheduler.job.run import run_job
+from hypha.scheduler.job.states import JobResult, Observation
 from hypha.simulation.net.lines import SimulatedMachine
 from hypha.simulation.net.network import SimulatedNetwork
 from hypha.simulation.net.node import SimulatedNode, SimulatedOptions, open_simulated_node
@@ -67,7 +68,7 @@ class VirtualNetwork:
     async def run_job(
         self, config: SchedulerConfig, observation: Observation | None = None, *, fresh: bool = False
     ) -> JobResult:
-        """:func:`hypha.scheduler.run_job` of a scheduler here, whose peer follows from its configuration."""
+        """``run_job`` of a scheduler here, whose peer follows from its configuration."""
 
         def opened() -> Any:
             name = config.cert_pem.stem

@@ -14,7 +14,7 @@ import trio
 from tests.support.faults import again, counted
 from tests.support.system import SMALL, System, digits_dataset, digits_job, digits_model, keep_system, paced
 
-from hypha.scheduler import read_ledger
+from hypha.scheduler.durable.ledger import read_ledger
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

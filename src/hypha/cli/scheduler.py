@@ -161,7 +161,7 @@ def run(
         ("--no-check", f"{job}.check", "none" if no_check else None),
     )
     from hypha.cli.job.scheduling import run_scheduler
-    from hypha.scheduler import finished_job
+    from hypha.scheduler.job.ending import finished_job
 
     if loaded.log_format == "auto" and sys.stdout.isatty():
         # beside the live panel people read it, not machines

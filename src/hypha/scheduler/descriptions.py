@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 
+from hypha import features
 from hypha.config.job import (
     DEFAULT_BATCH_SIZE,
     JobConfig,
@@ -39,6 +41,7 @@ from hypha.messages import (
 )
 from hypha.rules.resources import batch_size
 from hypha.runtime import new_id
+from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.leasing.events import Search
 from hypha.scheduler.rounds.policy import Start
 
@@ -52,6 +55,8 @@ MAX_CLASS_NAMES_BYTES = 128 << 10
 
 logger = logging.getLogger(__name__)
 
+JobT = TypeVar("JobT", TrainJob, AggregateJob)
+
 
 def resources_of(config: ResourcesConfig) -> Resources:
     """As on the wire."""
@@ -63,20 +68,25 @@ def inputs_of(names: dict[str, str] | list[str]) -> dict[str, str]:
     return dict(names) if isinstance(names, dict) else {name: name for name in names}
 
 
+def hub_reference(config: ModelConfig | PreprocessorConfig) -> HuggingFace:
+    """What is in its repository."""
+    return HuggingFace(
+        repository=config.repository or "",
+        revision=config.revision,
+        filenames=tuple(config.filenames),
+        token=config.token,
+    )
+
+
 def _source(config: ModelConfig | PreprocessorConfig, resource: str, scheduler: PeerRef) -> Reference | None:
-    if config.path is not None and config.repository is not None:
-        where = f"scheduler.job.{resource}"
-        raise ConfigError([Problem(where, "give either path or repository, not both")])
+    """None where an entrypoint makes it. Raises :class:`ConfigError` when it has no source, or several."""
+    ways = ("path", "repository", "entrypoint") if isinstance(config, ModelConfig) else ("path", "repository")
+    if sum(getattr(config, way) is not None for way in ways) != 1:
+        problem = Problem(f"scheduler.job.{resource}", f"give exactly one of {', '.join(ways)}")
+        raise ConfigError([problem])
     if config.path is not None:
         return Peers(peers=(scheduler,), resource=resource)
-    if config.repository is not None:
-        return HuggingFace(
-            repository=config.repository,
-            revision=config.revision,
-            filenames=tuple(config.filenames),
-            token=config.token,
-        )
-    return None
+    return hub_reference(config) if config.repository is not None else None
 
 
 def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
@@ -95,14 +105,9 @@ def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:
 
 def model_spec(config: ModelConfig, scheduler: PeerRef, names: tuple[str, ...] = ()) -> ModelSpec:
     """The model, whose classes are called ``names``; raises :class:`ConfigError` when it has no source."""
-    source = _source(config, MODEL, scheduler)
-    if source is None and config.entrypoint is None:
-        raise ConfigError(
-            [Problem("scheduler.job.model", "one of path, repository and entrypoint is needed")]
-        )
     return ModelSpec(
         task=config.type,
-        source=source,
+        source=_source(config, MODEL, scheduler),
         entrypoint=config.entrypoint,
         arguments=dict(config.arguments),
         inputs=inputs_of(config.input_names),
@@ -118,8 +123,7 @@ def preprocessor_spec(config: PreprocessorConfig | None, scheduler: PeerRef) -> 
     if config is None:
         return None
     source = _source(config, PREPROCESSOR, scheduler)
-    if source is None:
-        raise ConfigError([Problem("scheduler.job.preprocessor", "path or repository is needed")])
+    assert source is not None, "only a model is made by an entrypoint"
     return PreprocessorSpec(kind=config.type, source=source, inputs=inputs_of(config.input_names))
 
 
@@ -177,6 +181,17 @@ def searches_for(
     )
 
 
+def searches_of(job: JobConfig) -> tuple[Search, Search]:
+    """Whom ``job`` looks for: as :func:`searches_for`, with the features that its descriptions need."""
+    train, aggregate = described(job, PeerRef(peer=""), "")
+    needed: dict[ExecutorClass, tuple[str, ...]] = {
+        "train": features.needs(train),
+        "aggregate": features.needs(aggregate),
+    }
+    most_batch = job.rounds.max_batch_size if job.rounds.batch_size is None else 1
+    return searches_for(job.resources, job.dataset.dataset, needed, most_batch)
+
+
 @dataclass(frozen=True)
 class Descriptions:
     """Job descriptions of one generation of a job, but for what differs by worker."""
@@ -184,11 +199,8 @@ class Descriptions:
     config: JobConfig
     start: Start
     scheduler: PeerRef
-    #: what the dataset calls the classes of its labels, rows of each of its slices, and its manifest's hash;
-    #: the ledger has the manifest, and its descriptions go without
-    class_names: tuple[str, ...] = ()
-    slice_rows: tuple[int, ...] = ()
-    manifest_hash: str = ""
+    #: the ledger has its manifest, and its descriptions go without
+    dataset: ServedDataset | None = None
 
     def batch_size(self, offered: Resources) -> int:
         """Of a worker that offered these resources."""
@@ -231,20 +243,22 @@ class Descriptions:
             steps=self.start.steps if steps is None else steps,
             update_encoding=config.update_encoding,
             hang_s=config.resources.hang_s,
-            manifest_hash=self.manifest_hash,
+            manifest_hash=self.dataset.manifest_hash if self.dataset is not None else "",
         )
 
     def aggregate(self, me: str, restore: Reference | None) -> AggregateJob:
         """For the parameter server on worker ``me``; ``restore`` from a checkpoint of ``start.round``."""
         config, outer = self.config, self.config.outer_optimizer
         optimizer = outer_optimizer(config) if self.start.optimizer is None else self.start.optimizer
+        manifest = None if self.dataset is None else self.dataset.manifest
+        names = () if manifest is None else class_names(config.model, manifest)
         return AggregateJob(
             job_id=self.start.job_id,
             generation=self.start.generation,
             executor=ExecutorDescriptor(kind="aggregate", name=config.resources.parameter_server_executor),
             me=me,
             scheduler=self.scheduler,
-            model=model_spec(config.model, self.scheduler, self.class_names),
+            model=model_spec(config.model, self.scheduler, names),
             preprocessor=preprocessor_spec(config.preprocessor, self.scheduler),
             optimizer=optimizer,
             weighting=outer.weighting,
@@ -253,11 +267,22 @@ class Descriptions:
             checkpoint=msgspec.convert(config.checkpoint, CheckpointPolicy, from_attributes=True),
             round=self.start.round,
             restore=restore,
-            slice_rows=self.slice_rows,
+            slice_rows=() if manifest is None else tuple(part.samples for part in manifest.slices),
         )
 
 
-def without_secrets(job: TrainJob | AggregateJob) -> TrainJob | AggregateJob:
+def described(
+    config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
+) -> tuple[TrainJob, AggregateJob]:
+    """The job descriptions that executors get, but for what is different for each, and for secrets; ``began``
+    is the outer optimizer that the job had so far.
+    """
+    descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
+    train, aggregate = descriptions.train("", PeerRef(peer=""), 0), descriptions.aggregate("", None)
+    return without_secrets(train), without_secrets(aggregate)
+
+
+def without_secrets(job: JobT) -> JobT:
     """The description without tokens and without what differs by generation and place, for the ledger."""
     nobody = PeerRef(peer=job.scheduler.peer)
     replace = msgspec.structs.replace

@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
 
 import trio
 
@@ -17,7 +16,6 @@ from hypha.config.job import JobConfig
 from hypha.errors import ModelError, Refused
 from hypha.messages import (
     Acknowledged,
-    ExecutorClass,
     FileList,
     JobStamp,
     ListFiles,
@@ -35,8 +33,7 @@ from hypha.runtime import free_bytes, in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import MODEL, PREPROCESSOR
 from hypha.scheduler.durable.state_directory import CheckpointStore, safe_relative
-from hypha.scheduler.rounds.events import AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
-from hypha.scheduler.rounds.policy import Start
+from hypha.scheduler.rounds.events import Action, AnswerSlice, Disregarded, Input, Reported, SliceAsked, Told
 
 #: events of one process whose numbers are remembered
 _REMEMBERED = 1024
@@ -65,50 +62,24 @@ class Seen:
         return True
 
 
-class KeptSlices:
-    """Up to which version one generation's slices are durable."""
-
-    def __init__(self) -> None:
-        self._version = -1
-        self._closed = False
-        self._changed = trio.Event()
-
-    def note(self, version: int) -> None:
-        """That version is, too."""
-        self._version = max(self._version, version)
-        self._changed.set()
-        self._changed = trio.Event()
-
-    def close(self) -> None:
-        """The generation is over: nothing more is kept of it."""
-        self._closed = True
-        self._changed.set()
-
-    async def wait(self, version: int) -> bool:
-        """Return when ``version`` is durable; False when it will not be any more."""
-        while self._version < version and not self._closed:
-            await self._changed.wait()
-        return not self._closed
-
-
 @dataclass(eq=False)
 class RequestHandlers:
-    """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``current`` is the current
-    generation: where it begins, and what of its slices is kept. ``handle`` returns the round machine's reply.
+    """Answer ``ReportEvent`` and ``NextSlice``, and receive the report stream. ``handle`` returns what the
+    round machine decides; ``carried_out`` returns once that is carried out.
     """
 
     node: Node
     dataset: ServedDataset
-    current: Callable[[], tuple[Start, KeptSlices]]
-    handle: Callable[[Input], AnswerSlice | None]
-    is_leased: Callable[[str, str], bool]
+    handle: Callable[[Input], list[Action]]
+    carried_out: Callable[[], Awaitable[None]]
+    is_leased: Callable[[str, str | None], bool]
     seen: Seen = field(default_factory=Seen)
 
     def open(self) -> None:
         """Answer from now on."""
         self.node.answer(ReportEvent, self._event)
         self.node.answer(NextSlice, self._slice)
-        self.node.answer_reports(self._reports, admits=self._is_partner)
+        self.node.answer_reports(self._reports, admits=lambda peer: self.is_leased(peer, None))
 
     async def _event(self, caller: str, request: ReportEvent) -> Acknowledged:
         if not self.is_leased(caller, request.kind):
@@ -119,23 +90,18 @@ class RequestHandlers:
         return Acknowledged()
 
     async def _slice(self, caller: str, request: NextSlice) -> SliceAssigned | NoSlice:
-        start, kept = self.current()
         if not self.is_leased(caller, "train"):
             self.handle(Disregarded("no lease"))
             raise Refused("uninvited", "you take no part in this scheduler's job")
-        if request.stamp.job_id != start.job_id:
-            raise Refused("not-found", f"job {request.stamp.job_id} does not run here")
-        if request.stamp.generation != start.generation:
-            self.handle(Disregarded("stale generation"))
-            raise Refused("stale", "the job has begun another generation")
         if not self.dataset.providers:
             return NoSlice(retry_in_s=1.0, reason="no data node serves the dataset right now")
-        answer = self.handle(SliceAsked(caller, request))
-        if answer is None or answer.slice is None:
-            return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason if answer is not None else "try again")
-        if not await kept.wait(answer.kept):
-            raise Refused("stale", "the job has begun another generation")
+        *_, answer = self.handle(SliceAsked(caller, request))
+        assert isinstance(answer, AnswerSlice), "a request for a slice has its answer last"
         got = answer.slice
+        if got is None:
+            return NoSlice(retry_in_s=_RETRY_S, reason=answer.reason)
+        # a worker may hold only what another scheduler, or generation, would know of
+        await self.carried_out()
         part = self.dataset.manifest.slices[got.index]
         return SliceAssigned(
             dataset=self.dataset.name,
@@ -147,9 +113,6 @@ class RequestHandlers:
             providers=self.dataset.providers_for(got.index),
             ahead=answer.ahead,
         )
-
-    def _is_partner(self, peer: str) -> bool:
-        return any(self.is_leased(peer, kind) for kind in get_args(ExecutorClass))
 
     def _reports(self, caller: str, reports: list[Report]) -> None:
         for report in reports:
@@ -212,12 +175,11 @@ class FileHandlers:
     def open(self) -> None:
         """Answer from now on."""
         job_id = self.store.job_id
-        for kind in self.directories:
-            self.node.transfers.serve(kind, self._directory_file)
-        self.node.transfers.serve("checkpoint", self._checkpoint_file)
+        for kind in (*self.directories, "checkpoint"):
+            self.node.transfers.serve(kind, self._file)
         self.node.answer(ListFiles, self._list_files)
-        self.node.transfers.accept("checkpoint", job_id, self._checkpoint_gate, self._checkpoint_arrived)
-        self.node.transfers.accept("export", job_id, self._export_gate, self._export_arrived)
+        for kind in ("checkpoint", "export"):
+            self.node.transfers.accept(kind, job_id, self._gate, self._arrived)
 
     def _invited(self, caller: str, request: ListFiles | PullFile) -> None:
         if not self.is_member(caller):
@@ -229,24 +191,17 @@ class FileHandlers:
 
     async def _list_files(self, caller: str, request: ListFiles) -> FileList:
         self._invited(caller, request)
-        kind, _, rest = request.kind.partition("/")
-        name = request.name or rest
-        if kind == "checkpoint" and name.isdecimal():
-            return await in_thread(self.store.files, int(name))
-        if kind not in self.directories or name:
+        if request.kind == "checkpoint" and request.name.isdecimal():
+            return await in_thread(self.store.files, int(request.name))
+        if request.kind not in self.directories or request.name:
             raise Refused("not-found", f"there is no resource {request.kind} {request.name}".rstrip())
-        return await self.directories[kind].list()
+        return await self.directories[request.kind].list()
 
-    async def _directory_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
+    async def _file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         self._invited(caller, request)
-        directory = self.directories.get(request.kind)
-        if directory is None:
-            raise Refused("not-found", f"there is no resource {request.kind}")
-        return await directory.file(request.name)
-
-    async def _checkpoint_file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
-        self._invited(caller, request)
-        return await in_thread(self.store.file, request.name)
+        if request.kind == "checkpoint":
+            return await in_thread(self.store.file, request.name)
+        return await self.directories[request.kind].file(request.name)
 
     def _from_server(self, caller: str, meta: TransferMeta) -> None:
         if not self.is_server(caller, meta.stamp):
@@ -254,16 +209,10 @@ class FileHandlers:
                 "uninvited", "only the parameter server of this job's current generation may send that"
             )
 
-    async def _checkpoint_gate(self, caller: str, meta: TransferMeta) -> Path:
+    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
         self._from_server(caller, meta)
-        return await in_thread(self.store.place_for, meta)
-
-    async def _checkpoint_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        self._from_server(caller, meta)
-        self.store.arrived(meta)
-
-    async def _export_gate(self, caller: str, meta: TransferMeta) -> Path:
-        self._from_server(caller, meta)
+        if meta.kind == "checkpoint":
+            return await in_thread(self.store.place_for, meta)
         state = self.store.state
         generation = meta.stamp.generation if meta.stamp is not None else 0
         path = state.export_of(generation) / safe_relative(meta.name)
@@ -273,5 +222,7 @@ class FileHandlers:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
 
-    async def _export_arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
+    async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
         self._from_server(caller, meta)
+        if meta.kind == "checkpoint":
+            self.store.arrived(meta)

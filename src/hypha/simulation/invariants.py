@@ -21,10 +21,10 @@ from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
 from hypha.rules.leases import NAME as LEASES
 from hypha.rules.leases import Freed, Granted, LeaseEnded, Reserve
-from hypha.scheduler import JobResult
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
+from hypha.scheduler.job.states import JobResult
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.simulation.configurations import JOB

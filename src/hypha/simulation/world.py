@@ -27,7 +27,10 @@ from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import Column
 from hypha.rules.leases import NAME as LEASES
-from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, run_job
+from hypha.scheduler.job.ending import finished_job
+from hypha.scheduler.job.run import run_job
+from hypha.scheduler.job.states import JobResult, Observation
+from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.simulation.configurations import DATASET, NOTICE, data_config, scheduler_config, worker_config
 from hypha.simulation.executors.processes import SimulatedExecutors
 from hypha.simulation.net.lines import SimulatedMachine

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from hypha.messages import ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.processes import keeper
-from hypha.runtime import in_thread, is_simulated, lack_of_space
+from hypha.runtime import in_thread, is_simulated, lack_of_space, outlasting, when_cancelled
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.logs import bind
 from hypha.telemetry.page import worker_routes
@@ -101,7 +99,7 @@ async def run_worker(
     words |= _in_force(means, config.cache.max_gb)
     await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
-    async with _in_order(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
+    async with outlasting(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
         with last:
             async with open_node(options) as node:
                 with first:
@@ -150,23 +148,6 @@ def _check_work_dir(path: Path) -> None:
         raise ConfigError([Problem("work_dir", message)]) from exc
 
 
-@asynccontextmanager
-async def _in_order(last_s: float) -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
-    """Two scopes: cancelled from outside, the first is cancelled at once, the second, shielded, ``last_s``
-    later. So executors are gone and connections closed before the node is cut off.
-    """
-    first, last = trio.CancelScope(), trio.CancelScope(shield=True)
-
-    def pass_on() -> None:
-        first.cancel()
-        last.deadline = trio.current_time() + last_s
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_when_cancelled, pass_on)
-        yield first, last
-        nursery.cancel_scope.cancel()
-
-
 async def serve(
     config: WorkerConfig,
     node: Node,
@@ -208,7 +189,7 @@ async def serve(
     stopped = trio.Event()
     # cancelled from outside, the worker goes on for a moment: it leaves first
     async with trio.open_nursery() as outside:
-        outside.start_soon(_when_cancelled, stopped.set)
+        outside.start_soon(when_cancelled, stopped.set)
         with trio.CancelScope(shield=True), contextlib.ExitStack() as gauges:
             async with trio.open_nursery() as nursery:
                 jobs = Jobs(context, nursery, arbiter)
@@ -240,13 +221,6 @@ async def serve(
                     "The worker is connected and waits for requests.", extra={"peer_id": node.peer_id}
                 )
         outside.cancel_scope.cancel()
-
-
-async def _when_cancelled(call: Callable[[], None]) -> None:
-    try:
-        await trio.sleep_forever()
-    finally:
-        call()
 
 
 async def _end_when_left(

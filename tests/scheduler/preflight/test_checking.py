@@ -13,15 +13,18 @@ import msgspec
 import pytest
 from tests.scheduler.preflight.test_findings import DIGITS, RESNET, TOKENS, manifest
 from tests.support.hub import Hub, Repository
+from tests.support.virtual_network import VirtualNetwork, virtual_time
 
-from hypha.config.job import JobConfig
+from hypha.config.job import DatasetRef, JobConfig
 from hypha.errors import ConfigError
-from hypha.messages import Column, DatasetDescription, Manifest, PeerRef, Trial, TrialReport
+from hypha.messages import Column, DatasetDescription, Manifest, Trial, TrialReport
+from hypha.node import Node
 from hypha.scheduler.data.datasets import ServedDataset
-from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.durable.database import has_trained
-from hypha.scheduler.durable.ledger import Ledger, Opening
-from hypha.scheduler.durable.starts import begins_anew, described
+from hypha.scheduler.durable.database import SCHEMA, left_behind
+from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.durable.replicas import Replicas
+from hypha.scheduler.durable.starts import first_generation
+from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.preflight.checking import Checked, RunTrial, check_before_leasing, check_job
 
 PASSED = TrialReport(outcome="passed")
@@ -161,27 +164,48 @@ async def test_errors_end_the_job_with_all_of_them_and_advice_is_logged(
 
 async def test_a_job_that_has_trained_is_known_by_its_ledger(tmp_path: Path) -> None:
     path = tmp_path / "job.db"
-    assert not await has_trained(path)
+    assert not (await left_behind(path)).trained
     with sqlite3.connect(path) as db:
-        db.execute("CREATE TABLE rounds (number INTEGER)")
-        assert not await has_trained(path)
-        db.execute("INSERT INTO rounds VALUES (1)")
+        assert not (await left_behind(path)).trained
+        db.executescript(SCHEMA)
+        assert not (await left_behind(path)).trained
+        db.execute("INSERT INTO rounds VALUES (1, 0, 0, 0, 8, 'theta', '{}')")
     db.close()
-    assert await has_trained(path)
+    assert (await left_behind(path)).trained
 
 
-async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(tmp_path: Path) -> None:
+@virtual_time
+async def test_the_name_of_a_job_that_is_done_begins_anew_with_another_description(
+    network: VirtualNetwork, tmp_path: Path
+) -> None:
     """Which is checked like any job: 4 classes for 10 labels were noticed by workers only."""
     digits = DatasetDescription(manifest=manifest(*DIGITS, labels=(0, 9)), manifest_hash="h")
-    dataset, scheduler, path = ServedDataset("d", digits, []), PeerRef(peer="s"), tmp_path / "job.db"
+    dataset = ServedDataset(DatasetRef(dataset="d"), digits, [])
     before = job(tmp_path, RESNET)
     after = job(tmp_path, RESNET, outer_optimizer={"momentum": 0.5})
-    with closing(Ledger(path)) as ledger:
-        train, aggregate = described(before, scheduler, "job-1")
-        tracker = SliceTracker([part.samples for part in digits.manifest.slices]).to_state()
-        ledger.open_job(Opening("job-1", train, aggregate, digits.manifest, "h"), tracker)
-        for config in (before, after):
-            assert not await begins_anew(path, config, scheduler, dataset), "it is not done"
-        ledger.done("out", "out")
-    assert not await begins_anew(path, before, scheduler, dataset)
-    assert await begins_anew(path, after, scheduler, dataset)
+    checked: list[str] = []
+
+    async def begin(config: JobConfig, scheduler: Node, state: StateDirectory) -> str:
+        async def check() -> None:
+            checked.append(config.name)
+
+        replicas = Replicas(scheduler, config.name)
+        first = first_generation(state, config, scheduler.ref(), dataset, replicas, check)
+        ledger, generation = await first
+        ledger.close()
+        return generation.start.job_id
+
+    with StateDirectory(tmp_path, "job") as state:
+        async with (
+            network.gateway() as gateway,
+            network.leaf("scheduler", [gateway], roles=("scheduler",)) as scheduler,
+        ):
+            first = await begin(before, scheduler, state)
+            with closing(Ledger(state.ledger)) as ledger:
+                ledger.done("out", "out")
+            assert await begin(before, scheduler, state) == first
+            with closing(Ledger(state.ledger)) as ledger:
+                ledger.done("out", "out")
+            assert not checked
+            assert await begin(after, scheduler, state) != first
+            assert len(checked) == 1

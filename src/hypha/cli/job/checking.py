@@ -15,7 +15,7 @@ from hypha.config.reading.log_filter import parse_filter
 from hypha.errors import ConfigError, NetworkError, Problem
 from hypha.naming import legible
 from hypha.net import Libp2pNode, open_node, options_from
-from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
+from hypha.scheduler.data.datasets import ServedDataset, find_dataset
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.preflight.checking import Checked, check_job
 from hypha.scheduler.preflight.known import described, number
@@ -48,8 +48,7 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
         await node.wait_connected()
         wait_s = min(job.dataset.wait_s or DATASET_S, DATASET_S)
         typer.echo(f"looking for the dataset {job.dataset.dataset}, for {wait_s:g} s at most")
-        pins, wanted = Pins.of(job.dataset), ManifestChoice(job.dataset.manifest_hash)
-        dataset = await find_dataset(node, job.dataset.dataset, wait_s, pins=pins, wanted=wanted)
+        dataset = await find_dataset(node, job.dataset.model_copy(update={"wait_s": wait_s}))
         _show_dataset(dataset)
         run_trial = None if trial is None else partial(trial.run, timeout_s=TRIAL_S)
         checked = await check_job(job, dataset.manifest, run_trial)

@@ -29,10 +29,11 @@ from hypha.journal import Journal
 from hypha.naming import name_of, named
 from hypha.node import Node
 from hypha.runtime import in_thread
-from hypha.scheduler import JobResult, JobSnapshot, Observation, run_job
+from hypha.scheduler.job.run import run_job
+from hypha.scheduler.job.states import JobResult, Observation
 from hypha.scheduler.status.history import History, keep_history
 from hypha.scheduler.status.round_record import Now, Past, RoundRecord
-from hypha.scheduler.status.snapshot import LogLine
+from hypha.scheduler.status.snapshot import JobSnapshot, LogLine
 from hypha.telemetry import health_of, serve_http
 from hypha.telemetry.http.hosts import is_loopback
 from hypha.telemetry.logs import level_name

@@ -7,7 +7,7 @@ whose manifest has the same hash are interchangeable; one that differs is refuse
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -39,44 +39,30 @@ _UNDECIDED_S = 10.0
 _MISSED_PAUSE_S = 1.0
 
 
-@dataclass(frozen=True)
-class Pins:
-    """A job's data nodes, by the organisations that vouch for them, or by PeerID; with neither, all."""
-
-    organizations: frozenset[str] = frozenset()
-    data_nodes: frozenset[str] = frozenset()
-
-    @classmethod
-    def of(cls, wanted: DatasetRef) -> Pins:
-        return cls(frozenset(wanted.organizations), frozenset(wanted.data_nodes))
-
-    def problem(self, node: Node, peer: str) -> str | None:
-        """Why ``peer``, which is or was connected, is not used, in words. PeerUnreachable when it was not."""
-        has = node.roles_of(peer)
-        if not may_act_as(has, SERVICES["dataset"].by):
-            # with other data under the name it would stop every job
-            return f"is no data node: its certificate has {carries(has)}"
-        if (not self.organizations and not self.data_nodes) or peer in self.data_nodes:
-            return None
-        organization = node.organization_of(peer)
-        if organization in self.organizations:
-            return None
-        if not self.organizations:
-            return "is not among scheduler.job.dataset.data_nodes"
-        return f"is of {organization!r}, which scheduler.job.dataset.organizations does not name"
-
-
-_ANY = Pins()
+def why_not_used(wanted: DatasetRef, node: Node, peer: str) -> str | None:
+    """In words, of ``peer``, which is or was connected; a job may name its data nodes, by the organisations
+    that vouch for them, or by PeerID. PeerUnreachable when it was not.
+    """
+    has = node.roles_of(peer)
+    if not may_act_as(has, SERVICES["dataset"].by):
+        # with other data under the name it would stop every job
+        return f"is no data node: its certificate has {carries(has)}"
+    if not (wanted.organizations or wanted.data_nodes) or peer in wanted.data_nodes:
+        return None
+    organization = node.organization_of(peer)
+    if organization in wanted.organizations:
+        return None
+    if not wanted.organizations:
+        return "is not among scheduler.job.dataset.data_nodes"
+    return f"is of {organization!r}, which scheduler.job.dataset.organizations does not name"
 
 
 class ServedDataset:
     """A dataset and who serves it now. ``providers`` may become empty, and fill again."""
 
-    def __init__(
-        self, name: str, description: DatasetDescription, providers: list[PeerRef], pins: Pins = _ANY
-    ) -> None:
-        self.name = name
-        self._pins = pins
+    def __init__(self, wanted: DatasetRef, description: DatasetDescription, providers: list[PeerRef]) -> None:
+        self.name = wanted.dataset
+        self._wanted = wanted
         self.manifest: Manifest = description.manifest
         self.manifest_hash = description.manifest_hash
         self.providers: dict[str, PeerRef] = {ref.peer: ref for ref in providers}
@@ -124,10 +110,8 @@ class ServedDataset:
                 self._missed.set()
 
     async def refresh(self, node: Node) -> None:
-        known = dict(self.providers)
-        for ref in await _announced(node, self.name):
-            known[ref.peer] = ref
-        answers, gone = await _describe(node, self.name, list(known.values()), self._refused, self._pins)
+        known = self.providers | {ref.peer: ref for ref in await _announced(node, self.name)}
+        answers, gone = await _describe(node, self._wanted, known.values(), self._refused)
         self._silent = {peer: count for peer, count in self._silent.items() if peer in self.providers}
         for peer, ref in known.items():
             answer = answers.get(peer)
@@ -152,49 +136,39 @@ class ServedDataset:
         self.stated = {peer: one for peer, one in self.stated.items() if peer in self.providers}
 
 
-@dataclass(frozen=True)
-class ManifestChoice:
-    """Which data is meant where several are served under one name, by the hashes of their manifests: the one
-    that is ``pinned`` by the job, else the one ``known`` from its ledger.
-    """
-
-    pinned: str | None = None
-    known: str | None = None
-
-
 async def find_dataset(
     node: Node,
-    name: str,
-    wait_s: float | None,
+    wanted: DatasetRef,
     report: Callable[[str], None] = lambda why: None,
-    pins: Pins = _ANY,
-    wanted: ManifestChoice = ManifestChoice(),
+    known: str | None = None,
 ) -> ServedDataset:
-    """Wait until somebody whom ``pins`` allow serves ``name``, at most ``wait_s``; ``report`` is called with
-    why it is not there yet.
+    """Wait until somebody whom the job allows serves what is ``wanted``, at most ``wanted.wait_s``;
+    ``report`` is called with why it is not there yet.
 
-    Where replicas differ, what is ``wanted`` is used, else what most data nodes serve, and the others are
-    named in the log. Where as many serve one as another for a while, what data nodes of this node's own
-    organisation serve is used, else the one whose hash is the smallest: nobody who serves other data under a
-    name is to stop a job, and it is the same one each time. Raises :class:`DatasetNotFound`, or
-    :class:`DatasetMismatch` when only other data than the pinned one is served.
+    Where replicas differ, the one that is pinned is used, else the one ``known`` from the job's ledger, by
+    the hashes of their manifests; else what most data nodes serve, and the others are named in the log. Where
+    as many serve one as another for a while, what data nodes of this node's own organisation serve is used,
+    else the one whose hash is the smallest: nobody who serves other data under a name is to stop a job, and
+    it is the same one each time. Raises :class:`DatasetNotFound`, or :class:`DatasetMismatch` when only other
+    data than the pinned one is served.
     """
+    name, wait_s = wanted.dataset, wanted.wait_s
     backoff, said = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, 1.5, NO_JITTER), False
     refused: set[str] = set()
     silent: list[PeerRef] = []
     # the last moment is too late to decide
     undecided_s = _UNDECIDED_S if wait_s is None else min(_UNDECIDED_S, wait_s / 2)
-    choice = _Choice(name, wanted, pins, node, undecided_s)
+    choice = _Choice(wanted, known, node, undecided_s)
     with trio.move_on_after(float("inf") if wait_s is None else wait_s):
         while True:
             refs = await _announced(node, name)
-            answers, _ = await _describe(node, name, refs, refused, pins)
+            answers, _ = await _describe(node, wanted, refs, refused)
             silent = [ref for ref in refs if ref.peer not in answers and ref.peer not in refused]
             if answers:
                 # one more look: the nearest peers of the DHT may not all know of all replicas
                 await trio.sleep(_FIRST_PAUSE_S)
                 more = [ref for ref in await _announced(node, name) if ref.peer not in answers]
-                answers |= (await _describe(node, name, more, refused, pins))[0]
+                answers |= (await _describe(node, wanted, more, refused))[0]
                 refs = [*refs, *more]
                 dataset = choice.of(answers, {ref.peer: ref for ref in refs}, trio.current_time())
                 if dataset is not None:
@@ -227,13 +201,12 @@ def _why_not(silent: list[PeerRef], refused: set[str]) -> str:
 
 @dataclass
 class _Choice:
-    """Among data that differs under one ``name``: which is used. ``node`` asks for it; for ``undecided_s`` it
-    is waited for what would decide. ``open_because``: why nothing is used though something is served.
+    """Among data that differs under one name: which is used. ``node`` asks for it; for ``undecided_s`` it is
+    waited for what would decide. ``open_because``: why nothing is used though something is served.
     """
 
-    name: str
-    wanted: ManifestChoice
-    pins: Pins
+    wanted: DatasetRef
+    known: str | None
     node: Node
     undecided_s: float
     since: float | None = None
@@ -253,8 +226,8 @@ class _Choice:
             return None
         self.open_because = ""
         providers = [refs[peer] for peer in by_hash[chosen]]
-        described = _agreed(self.name, {peer: answers[peer] for peer in by_hash[chosen]})
-        dataset = ServedDataset(self.name, described, providers, self.pins)
+        described = _agreed(self.wanted.dataset, {peer: answers[peer] for peer in by_hash[chosen]})
+        dataset = ServedDataset(self.wanted, described, providers)
         dataset.stated = {peer: stated(answers[peer]) for peer in by_hash[chosen]}
         for peer, answer in sorted(answers.items()):
             if answer.manifest_hash != chosen:
@@ -266,22 +239,22 @@ class _Choice:
             f"manifest {value} at {', '.join(shown(peer) for peer in peers)}"
             for value, peers in sorted(by_hash.items())
         )
-        pinned, known = self.wanted.pinned, self.wanted.known
+        name, pinned, known = self.wanted.dataset, self.wanted.manifest_hash, self.known
         if pinned is not None:
             if pinned in by_hash:
                 return pinned
-            self.open_because = f"nobody serves {self.name} with the manifest {pinned} of the job; {groups}"
+            self.open_because = f"nobody serves {name} with the manifest {pinned} of the job; {groups}"
             return None
         if known in by_hash:
             return known
         if known is not None and not waited:
-            self.open_because = f"nobody serves {self.name} as this job has trained on it so far; {groups}"
+            self.open_because = f"nobody serves {name} as this job has trained on it so far; {groups}"
             return None
         most = max(len(peers) for peers in by_hash.values())
         first, *others = sorted(value for value, peers in by_hash.items() if len(peers) == most)
         if not others:
             return first
-        self.open_because = f"data nodes serve different data under the name {self.name}: {groups}"
+        self.open_because = f"data nodes serve different data under the name {name}: {groups}"
         if not waited:
             return None
         ours = [value for value in (first, *others) if self._is_ours(by_hash[value])]
@@ -329,12 +302,12 @@ async def _announced(node: Node, name: str) -> list[PeerRef]:
 
 
 async def _describe(
-    node: Node, name: str, refs: list[PeerRef], refused: set[str], pins: Pins
+    node: Node, wanted: DatasetRef, refs: Iterable[PeerRef], refused: set[str]
 ) -> tuple[dict[str, DatasetDescription], set[str]]:
     """What each states of the dataset, and on whose machine nobody listens any more. Who is no data node, or
     none that the job uses, is added to ``refused``, and logged once.
     """
-    answers: dict[str, DatasetDescription] = {}
+    name, answers = wanted.dataset, dict[str, DatasetDescription]()
     gone: set[str] = set()
 
     def refuse(peer: str, level: int, text: str, *details: object) -> None:
@@ -354,7 +327,7 @@ async def _describe(
             if isinstance(exc, PeerUnreachable) and exc.gone:
                 gone.add(ref.peer)
             return
-        if (problem := pins.problem(node, ref.peer)) is not None:
+        if (problem := why_not_used(wanted, node, ref.peer)) is not None:
             text = "%s announces %s and %s; it is not used"
             refuse(ref.peer, logging.WARNING, text, shown(ref.peer), name, problem)
         elif isinstance(answer, DatasetDescription):

@@ -167,7 +167,12 @@ class SliceTracker:
         answers = self._answers.setdefault(worker, OrderedDict())
         if seq in answers:
             return self._assignment(answers[seq])
-        epoch = self._open_epoch()
+        open_ = (number for number, epoch in self._epochs.items() if epoch.available)
+        number = min(open_, default=self._next_epoch)
+        if number == self._next_epoch:
+            self._epochs[number] = _Epoch(number, len(self.samples))
+            self._next_epoch += 1
+        epoch = self._epochs[number]
         elsewhere = {index for other, indices in self._cached.items() if other != worker for index in indices}
         index = epoch.pick(cached, elsewhere)
         epoch.available.discard(index)
@@ -217,15 +222,6 @@ class SliceTracker:
             return
         again = {(answer.epoch, answer.index) for answer in answers.values()} | set(keep)
         self.give_back(worker, sorted({(answer.epoch, answer.index) for answer in old} - again))
-
-    def _open_epoch(self) -> _Epoch:
-        for number in sorted(self._epochs):
-            if self._epochs[number].available:
-                return self._epochs[number]
-        epoch = _Epoch(self._next_epoch, len(self.samples))
-        self._epochs[epoch.epoch] = epoch
-        self._next_epoch += 1
-        return epoch
 
     def finish(self, worker: str, finished: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Mark (epoch, slice) pairs USED; the pairs that ``worker`` did not hold are returned, unchanged."""

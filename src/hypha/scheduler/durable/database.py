@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import trio
+from msgspec import Struct
 
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError
@@ -112,36 +113,34 @@ async def with_space(path: Path, call: Callable[[], T], limiter: trio.CapacityLi
         return result
 
 
-async def held_leases(path: Path) -> list[LeaseGained]:
-    """The leases that a scheduler which was killed left in ``path``; none where there is no ledger. On a full
-    disk not even that can be read: it waits for space. Raises :class:`HyphaError`.
+class LeftBehind(Struct, frozen=True):
+    """What a scheduler that was killed left of a job: the ``leases`` that it held, whether it had applied a
+    round, and the hash of the manifest that the job trains on, if it is not done.
     """
-    return [decode_json(row[0], LeaseGained) for row in await _query(path, "SELECT lease FROM pool")]
+
+    leases: tuple[LeaseGained, ...] = ()
+    trained: bool = False
+    manifest_hash: str | None = None
 
 
-async def has_trained(path: Path) -> bool:
-    """Whether the job of the ledger in ``path`` has applied a round; waits as :func:`held_leases` does."""
-    return bool(await _query(path, "SELECT 1 FROM rounds LIMIT 1"))
-
-
-async def known_manifest(path: Path) -> str | None:
-    """The hash of the manifest that the job of the ledger in ``path`` trains on, if that is not done; waits
-    as :func:`held_leases` does.
+async def left_behind(path: Path) -> LeftBehind:
+    """By the ledger in ``path``, if there is one. On a full disk not even that can be read: it waits for
+    space. Raises :class:`HyphaError`.
     """
-    rows = await _query(path, "SELECT manifest_hash FROM job WHERE state != 'done'")
-    return rows[0][0] if rows else None
 
-
-async def _query(path: Path, query: str) -> list[tuple[str]]:
-    def read() -> list[tuple[str]]:
+    def read() -> LeftBehind:
         if not path.is_file():
-            return []
+            return LeftBehind()
         with closing(connect(path)) as db:
             try:
-                return db.execute(query).fetchall()
+                leases = db.execute("SELECT lease FROM pool").fetchall()
+                rounds = db.execute("SELECT 1 FROM rounds LIMIT 1").fetchall()
+                jobs = db.execute("SELECT manifest_hash FROM job WHERE state != 'done'").fetchall()
             except sqlite3.OperationalError as exc:
                 if is_full(exc):
                     raise
-                return []  # killed before it had tables
+                return LeftBehind()  # killed before it had tables
+        held = tuple(decode_json(lease, LeaseGained) for (lease,) in leases)
+        return LeftBehind(held, bool(rounds), jobs[0][0] if jobs else None)
 
     return await with_space(path, read)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -48,16 +48,6 @@ class Published(Struct, frozen=True):
     files: tuple[PublishedFile, ...] = ()
 
 
-class Output(Protocol):
-    """A place for the model."""
-
-    def check(self) -> None:
-        """Can it be written? Leaves nothing there."""
-
-    def publish(self, staged: Path, about: Published) -> str:
-        """Take the files in ``staged``; where they are now, in words a user can copy."""
-
-
 def local_directory(place: str) -> Path | None:
     """The directory that ``place`` names; ``None`` for a URL or the hub."""
     scheme, separator, rest = place.partition("://")
@@ -71,6 +61,9 @@ def absolute_place(place: str) -> str:
 
 
 def output_for(place: str, token: str | None = None) -> Output:
+    """The one whose ``check`` finds out whether ``place`` can be written, and leaves nothing there; and whose
+    ``publish`` takes the files of a directory, and returns where they are now, in words a user can copy.
+    """
     directory = local_directory(place)
     if directory is not None:
         return LocalOutput(directory)
@@ -224,3 +217,7 @@ class HubOutput:
                 commit_message=f"{about.job}: {about.rounds} rounds, {about.samples} samples",
             )
         return f"hf://{self.repository}"
+
+
+#: a place for the model
+Output = LocalOutput | UrlOutput | HubOutput

@@ -47,25 +47,15 @@ logger = logging.getLogger(__name__)
 _RECENT_ROUNDS, _LONGEST_REASON = 200, 500
 
 
-class Opening(Struct, frozen=True):
-    """What is written when a job begins."""
-
-    job_id: str
-    train: TrainJob
-    aggregate: AggregateJob
-    manifest: Manifest
-    manifest_hash: str
-
-
 class Standing(Struct, frozen=True):
-    """What a ledger holds about its job: ``state`` is ``running`` or ``done``."""
+    """What a ledger holds about its job; ``state`` is ``running`` or ``done``."""
 
     job_id: str
-    generation: int
-    state: str
     manifest_hash: str
     train: TrainJob
     aggregate: AggregateJob
+    generation: int = 0
+    state: str = "running"
 
 
 class RoundStart(Struct, frozen=True):
@@ -113,25 +103,20 @@ class Ledger:
     def standing(self) -> Standing | None:
         """Which job this is the ledger of; ``None`` in a new one."""
         row = self._db.execute(
-            "SELECT job_id, generation, state, manifest_hash, train, aggregate FROM job"
+            "SELECT job_id, manifest_hash, train, aggregate, generation, state FROM job"
         ).fetchone()
         if row is None:
             return None
-        train, aggregate = decode_json(row[4], TrainJob), decode_json(row[5], AggregateJob)
-        return Standing(row[0], row[1], row[2], row[3], train, aggregate)
+        train, aggregate = decode_json(row[2], TrainJob), decode_json(row[3], AggregateJob)
+        return Standing(row[0], row[1], train, aggregate, row[4], row[5])
 
-    def open_job(self, opening: Opening, tracker: TrackerState) -> None:
+    def open_job(self, job: Standing, manifest: Manifest, tracker: TrackerState) -> None:
+        """A new one, which has no generation yet but its first."""
         with self._db:
             self._db.execute(
                 "INSERT INTO job (one, job_id, generation, state, manifest_hash, train, aggregate, manifest)"
                 " VALUES (1, ?, 0, 'running', ?, ?, ?, ?)",
-                (
-                    opening.job_id,
-                    opening.manifest_hash,
-                    _text(opening.train),
-                    _text(opening.aggregate),
-                    _text(opening.manifest),
-                ),
+                (job.job_id, job.manifest_hash, _text(job.train), _text(job.aggregate), _text(manifest)),
             )
             self._start(0, 0, tracker)
             self._set_slices(tracker)
@@ -158,7 +143,7 @@ class Ledger:
                 (entry.generation, entry.round, entry.samples, entry.theta, _text(entry)),
             )
             self._start(entry.round + 1, steps, tracker.unassigned())
-            self._update_slices(tracker)
+            self._set_slices(tracker)
             # only rounds with a checkpoint can be started again, and this one may get one
             self._db.execute(
                 "DELETE FROM starts WHERE round > 0 AND round < ? "
@@ -173,15 +158,9 @@ class Ledger:
         )
 
     def keep_slices(self, tracker: TrackerState) -> None:
-        """Who trains on which slice now; an older state than is here already changes nothing."""
+        """Who trains on which slice now."""
         with self._db:
-            self._update_slices(tracker)
-
-    def _update_slices(self, tracker: TrackerState) -> None:
-        self._db.execute(
-            "UPDATE slices SET version = ?1, tracker = ?2 WHERE version < ?1",
-            (tracker.version, _text(tracker)),
-        )
+            self._set_slices(tracker)
 
     def _set_slices(self, tracker: TrackerState) -> None:
         self._db.execute(
@@ -243,12 +222,6 @@ class Ledger:
         if not round_:
             (theta,) = self._db.execute("SELECT theta FROM job").fetchone()
         return int(round_), int(steps), str(theta)
-
-    def newest_start(self) -> int:
-        row = self._db.execute(
-            "SELECT MAX(starts.round) FROM starts JOIN checkpoints ON checkpoints.round = starts.round"
-        ).fetchone()
-        return int(row[0] or 0)
 
     def lease_gained(self, lease: LeaseGained) -> None:
         """This lease is held, so that another scheduler can go on with it if this one is killed."""

@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Collection, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,14 +32,18 @@ from hypha.messages import (
     JobStamp,
     PeerRef,
     PullFile,
-    TransferMeta,
     replica_name,
 )
 from hypha.net.bulk.transfers import meta_of
 from hypha.node import Node
 from hypha.runtime import in_thread
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory, safe_relative
+from hypha.scheduler.durable.state_directory import (
+    CheckpointStore,
+    StateDirectory,
+    checkpoint_meta,
+    safe_relative,
+)
 from hypha.scheduler.leasing.events import LeaseGained
 
 logger = logging.getLogger(__name__)
@@ -121,8 +126,7 @@ class Replicas:
             stale.unlink()
         (place / LEDGER).replace(state.ledger)
         shutil.rmtree(place, ignore_errors=True)
-        ledger = await in_thread(Ledger, state.ledger)
-        try:
+        with closing(await in_thread(Ledger, state.ledger)) as ledger:
             # this copy was not yet complete when the ledger in it was written
             for holder, whole in copies:
                 if _ledger_of(whole) == index:
@@ -132,8 +136,6 @@ class Replicas:
             # skipped
             await ledger.run(Ledger.lease_ended)
             await ledger.run(Ledger.skip_generations, GENERATIONS_SKIPPED)
-        finally:
-            ledger.close()
         logger.warning(
             "There is no ledger in %s; it is taken from the copy that a worker has of round %d (--fresh "
             "would start anew)",
@@ -169,20 +171,17 @@ class Replicas:
         await self._drop_all({(worker.peer, index.job_id): worker for worker, index in copies})
 
     async def _drop_all(self, wanted: dict[tuple[str, str], PeerRef]) -> None:
+        async def drop(worker: PeerRef, job_id: str) -> None:
+            try:
+                await self.node.request(worker, DropCheckpoints(job_id=job_id), timeout_s=_DROP_S)
+            except NetworkError as exc:
+                text = "A request to drop copies was not delivered; the worker keeps them for now: %s"
+                logger.debug(text, exc, extra={"worker_peer_id": worker.peer})
+
         with trio.move_on_after(_DROP_S):
             async with trio.open_nursery() as nursery:
                 for (_, job_id), worker in wanted.items():
-                    nursery.start_soon(self._drop, worker, job_id)
-
-    async def _drop(self, worker: PeerRef, job_id: str) -> None:
-        try:
-            await self.node.request(worker, DropCheckpoints(job_id=job_id), timeout_s=_DROP_S)
-        except NetworkError as exc:
-            logger.debug(
-                "A request to drop copies was not delivered; the worker keeps them for now: %s",
-                exc,
-                extra={"worker_peer_id": worker.peer},
-            )
+                    nursery.start_soon(drop, worker, job_id)
 
     async def _ask_around(self, patience_s: float = 0.0) -> list[Copy]:
         """All copies of jobs of this name that the DHT leads to; a worker that does not reply is asked
@@ -262,9 +261,8 @@ class Replicas:
                 # whole and verified, from another worker; the hash is the same
                 continue
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            name = f"{index.round}/{file.name}"
-            expect = TransferMeta(kind="checkpoint", name=name, size=file.size, blake3=file.blake3)
-            what = PullFile(kind="checkpoint", name=name, job_id=index.job_id)
+            expect = checkpoint_meta(index.round, file)
+            what = PullFile(kind="checkpoint", name=expect.name, job_id=index.job_id)
             await self.node.transfers.pull(worker, what, path, expect, file.size)
 
 
@@ -280,18 +278,18 @@ def ranked(leases: Iterable[LeaseGained], holders: Collection[str]) -> list[Leas
 
 @dataclass
 class Replicating:
-    """Keeps ``wanted`` copies of the newest checkpoint; :meth:`run` does the work. ``stamp`` is the job's
-    current one, ``leases`` are those held now, ``replicas`` remembers who was asked.
+    """Keeps ``wanted`` copies of the newest checkpoint in ``store``; :meth:`run` does the work. ``stamp`` is
+    the job's current one, ``leases`` are those held now, ``replicas`` remembers who was asked.
     """
 
     replicas: Replicas
     ledger: Ledger
-    state: StateDirectory
+    store: CheckpointStore
     stamp: Callable[[], JobStamp]
     leases: Callable[[], Iterable[LeaseGained]]
     wanted: int
-    _store: CheckpointStore | None = None
-    _round: int = -1
+    #: of the newest checkpoint, and what is copied of it, once that is known
+    _round: int | None = None
     _index: CheckpointIndex | None = None
     _changed: trio.Event = field(default_factory=trio.Event)
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -299,9 +297,9 @@ class Replicating:
     _without: set[str] = field(default_factory=set)
     _logged: tuple[int, str] = (-1, "")
 
-    def put(self, round_: int, store: CheckpointStore) -> None:
-        """The checkpoint for ``round_``, in ``store``, is the newest one."""
-        self._round, self._store, self._index = round_, store, None
+    def put(self, round_: int) -> None:
+        """The checkpoint for ``round_`` is the newest one."""
+        self._round, self._index = round_, None
         self._changed.set()
 
     async def run(self) -> None:
@@ -309,18 +307,18 @@ class Replicating:
         with self._scope:
             while self.wanted:
                 self._changed = trio.Event()
-                enough = self._store is None or await self._copy(self._store, self._round)
+                enough = self._round is None or await self._copy(self._round)
                 with trio.move_on_after(math.inf if enough else RETRY_S):
                     await self._changed.wait()
 
     def close(self) -> None:
         self._scope.cancel()
 
-    async def _copy(self, store: CheckpointStore, round_: int) -> bool:
+    async def _copy(self, round_: int) -> bool:
         """True when there are as many copies as are wanted, or none is possible any more."""
-        ledger = self.state.incoming / f"ledger-{round_}.db"
+        ledger = self.store.state.incoming / f"ledger-{round_}.db"
         try:
-            index = self._index or await self._describe(store, round_, ledger)
+            index = self._index or await self._describe(round_, ledger)
         except (Refused, OSError) as exc:
             logger.error("The checkpoint for round %d cannot be copied: %s", round_, exc)
             return True
@@ -337,7 +335,7 @@ class Replicating:
                 continue
             fields = _fields(lease.worker, index)
             try:
-                await self._copy_to(lease.worker, index, store, round_, ledger)
+                await self._copy_to(lease.worker, index, ledger)
             except Refused as exc:
                 # no copy of a later round is taken there either; any other refusal may be of this round alone
                 if exc.code in ("not-allowed", "unsupported"):
@@ -352,44 +350,32 @@ class Replicating:
                 logger.info("A worker keeps a copy of the checkpoint for round %d", round_, extra=fields)
                 continue
             logger.info("A worker did not take a copy of the checkpoint: %s", reason, extra=fields)
-        return round_ != self._round or self._enough(round_, len(done), reason)
-
-    def _enough(self, round_: int, count: int, reason: str) -> bool:
-        if count >= self.wanted:
-            return True
-        if self._logged != (round_, reason):
+        few = round_ == self._round and len(done) < self.wanted
+        if few and self._logged != (round_, reason):
             self._logged = (round_, reason)
-            logger.warning(
-                "There are %d of %d copies of the checkpoint for round %d: %s",
-                count,
-                self.wanted,
-                round_,
-                reason,
-            )
-        return False
+            text = "There are %d of %d copies of the checkpoint for round %d: %s"
+            logger.warning(text, len(done), self.wanted, round_, reason)
+        return not few
 
-    async def _describe(self, store: CheckpointStore, round_: int, ledger: Path) -> CheckpointIndex:
+    async def _describe(self, round_: int, ledger: Path) -> CheckpointIndex:
         """What is to be copied: the checkpoint, and the ledger as it is now, in ``ledger``."""
-        index = await in_thread(store.index, round_)
-        for old in self.state.incoming.glob("ledger-*.db"):
+        index = await in_thread(self.store.index, round_)
+        for old in ledger.parent.glob("ledger-*.db"):
             old.unlink()
         await self.ledger.run(Ledger.copy_to, ledger)
         meta = await meta_of(ledger, "checkpoint", LEDGER)
         copied = CheckpointFile(name=LEDGER, size=meta.size, blake3=meta.blake3)
         return self.replicas.signed(msgspec.structs.replace(index, files=(*index.files, copied)))
 
-    async def _copy_to(
-        self, worker: PeerRef, index: CheckpointIndex, store: CheckpointStore, round_: int, ledger: Path
-    ) -> None:
-        starts = await self.ledger.run(Ledger.starts)
-        stamp = self.stamp()
-        keep = tuple(start.round for start in starts if start.place)
+    async def _copy_to(self, worker: PeerRef, index: CheckpointIndex, ledger: Path) -> None:
+        stamp, node = self.stamp(), self.replicas.node
+        keep = tuple(start.round for start in await self.ledger.run(Ledger.starts) if start.place)
         hold = HoldCheckpoint(stamp=stamp, job=self.replicas.job, index=index, keep=keep)
         files = {file.name: file for file in index.files}
         self.replicas.asked[worker.peer] = worker
         # what is missing once more after it was sent is not going to come
         for last in (False, True):
-            answer = await self.replicas.node.request(worker, hold, timeout_s=_HOLD_S)
+            answer = await node.request(worker, hold, timeout_s=_HOLD_S)
             if not isinstance(answer, CheckpointHeld) or not files.keys() >= set(answer.missing):
                 raise Refused("malformed", "its reply does not state which files it misses", worker.peer)
             if not answer.missing:
@@ -397,15 +383,8 @@ class Replicating:
             if last:
                 raise Refused("internal", f"{', '.join(answer.missing)} did not stay there", worker.peer)
             for name in answer.missing:
-                path = ledger if name == LEDGER else store.path(round_, name)
-                meta = TransferMeta(
-                    kind="checkpoint",
-                    name=f"{round_}/{name}",
-                    size=files[name].size,
-                    blake3=files[name].blake3,
-                    stamp=stamp,
-                )
-                await self.replicas.node.transfers.send(worker, path, meta)
+                path = ledger if name == LEDGER else self.store.path(index.round, name)
+                await node.transfers.send(worker, path, checkpoint_meta(index.round, files[name], stamp))
 
 
 def _ledger_of(index: CheckpointIndex) -> CheckpointIndex:

@@ -9,20 +9,20 @@ on the parameter server may last, its theta is the newest there is, and the job 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec import Struct
 
 from hypha.config.job import JobConfig
-from hypha.errors import ConfigError, HyphaError, JobFailed, Problem
-from hypha.messages import AggregateJob, Local, OuterOptimizer, PeerRef, Peers, Reference, TrainJob
+from hypha.errors import ConfigError, JobFailed, Problem
+from hypha.messages import Local, OuterOptimizer, PeerRef, Peers, Reference
 from hypha.runtime import in_thread, new_id
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
-from hypha.scheduler.descriptions import Descriptions, outer_optimizer, without_secrets
-from hypha.scheduler.durable.ledger import Ledger, Opening, Standing, open_ledger
+from hypha.scheduler.descriptions import described
+from hypha.scheduler.durable.ledger import Ledger, Standing, open_ledger
 from hypha.scheduler.durable.replicas import Replicas
 from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.rounds.policy import Start
@@ -60,27 +60,23 @@ async def first_generation(
     scheduler: PeerRef,
     dataset: ServedDataset,
     replicas: Replicas,
-    fresh: bool,
+    before_anew: Callable[[], Awaitable[None]],
 ) -> tuple[Ledger, Generation]:
     """Resume the unfinished job in ``state``, or one that is done and shall have more rounds; else begin a
-    new one. The state of another job that is done, or has not finished a round, and with ``fresh`` of any,
-    is kept aside. ``replicas`` take the place of what is lost. :class:`ConfigError` when the job that is to
-    go on is another one. A job that goes on has the outer optimizer that it began with.
+    new one. The state of another job that is done, or has not finished a round, is kept aside, once
+    ``before_anew`` has returned. ``replicas`` take the place of what is lost. :class:`ConfigError` when the
+    job that is to go on is another one. A job that goes on has the outer optimizer that it began with.
     """
     job_id = f"{config.name}-{new_id()[:12]}"
-    opening = _opening(config, scheduler, dataset, job_id)
-    if fresh:
-        await in_thread(state.move_aside, "A fresh start was asked for")
-    if config.checkpoint.replicas:
-        await (replicas.forget_all() if fresh else replicas.bring_back_ledger(state))
+    new = _new(config, scheduler, dataset, job_id)
     ledger = await open_ledger(state.ledger)
     try:
         standing = await ledger.run(Ledger.standing)
         if standing is not None:
-            applied, _, _ = await ledger.run(Ledger.open_round)
+            applied, steps, theta = await ledger.run(Ledger.open_round)
             began = standing.aggregate.optimizer
             # before the first round nothing is lost by choosing anew
-            goes_on = _opening(config, scheduler, dataset, job_id, began) if applied else opening
+            goes_on = _new(config, scheduler, dataset, job_id, began) if applied else new
             other = differences(goes_on, standing)
             extended = config.rounds.update_rounds > applied
             if other and applied and (standing.state != "done" or extended):
@@ -93,45 +89,26 @@ async def first_generation(
                 await in_thread(state.prepare)
                 last = Start(standing.job_id, standing.generation, optimizer=began)
                 if any(lease.kind == "aggregate" for lease in await ledger.run(Ledger.leases)):
-                    return ledger, await taken_over(ledger, last)
+                    # its scheduler was killed: the job goes on where it was
+                    start = Start(last.job_id, last.generation + 1, applied, steps, theta, True, began)
+                    slices = await ledger.run(Ledger.slices)
+                    await ledger.run(Ledger.begin_generation, start.generation, applied, slices)
+                    return ledger, Generation(start, slices)
                 store = CheckpointStore(state, standing.job_id, config.checkpoint.keep)
                 return ledger, await next_generation(ledger, store, last, replicas)
             ledger.close()
+            await before_anew()
             why = "is done" if standing.state == "done" else "has not finished a round"
             reason = f"The earlier job of this name {why}, and was another one ({'; '.join(other)})"
             await in_thread(state.move_aside, reason)
             ledger = await open_ledger(state.ledger)
         await in_thread(state.prepare)
         tracker = SliceTracker([part.samples for part in dataset.manifest.slices]).to_state()
-        await ledger.run(Ledger.open_job, opening, tracker)
+        await ledger.run(Ledger.open_job, new, dataset.manifest, tracker)
     except BaseException:
         ledger.close()
         raise
-    return ledger, Generation(Start(job_id, optimizer=opening.aggregate.optimizer), tracker)
-
-
-async def begins_anew(path: Path, config: JobConfig, scheduler: PeerRef, dataset: ServedDataset) -> bool:
-    """Whether the job in the ledger at ``path`` is done and another one than that of ``config``, so that
-    :func:`first_generation` will not go on from it. Raises :class:`HyphaError` for a ledger that cannot be
-    read.
-    """
-    ledger = await open_ledger(path)
-    try:
-        standing = await ledger.run(Ledger.standing)
-    finally:
-        ledger.close()
-    if standing is None or standing.state != "done":
-        return False
-    return bool(differences(_opening(config, scheduler, dataset, standing.job_id), standing))
-
-
-async def taken_over(ledger: Ledger, last: Start) -> Generation:
-    """The generation after ``last``, whose scheduler was killed: it goes on where it was."""
-    round_, steps, theta = await ledger.run(Ledger.open_round)
-    start = Start(last.job_id, last.generation + 1, round_, steps, theta, True, last.optimizer)
-    tracker = await ledger.run(Ledger.slices)
-    await ledger.run(Ledger.begin_generation, start.generation, start.round, tracker)
-    return Generation(start, tracker)
+    return ledger, Generation(Start(job_id, optimizer=new.aggregate.optimizer), tracker)
 
 
 async def next_generation(
@@ -158,48 +135,24 @@ async def next_generation(
     raise JobFailed(f"the ledger {ledger.path} has no round to begin from; start the job with --fresh")
 
 
-def _opening(
+def _new(
     config: JobConfig,
     scheduler: PeerRef,
     dataset: ServedDataset,
     job_id: str,
     began: OuterOptimizer | None = None,
-) -> Opening:
-    train, aggregate = described(config, scheduler, job_id, began)
-    return Opening(job_id, train, aggregate, dataset.manifest, dataset.manifest_hash)
+) -> Standing:
+    return Standing(job_id, dataset.manifest_hash, *described(config, scheduler, job_id, began))
 
 
-def described(
-    config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
-) -> tuple[TrainJob, AggregateJob]:
-    """The job descriptions that executors get, but for what is different for each, and for secrets; ``began``
-    is the outer optimizer that the job had so far.
-    """
-    descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
-    train = without_secrets(descriptions.train("", PeerRef(peer=""), 0))
-    aggregate = without_secrets(descriptions.aggregate("", None))
-    if not isinstance(train, TrainJob) or not isinstance(aggregate, AggregateJob):
-        raise HyphaError("a job description changed its kind")
-    return train, aggregate
-
-
-def differences(opening: Opening, standing: Standing) -> list[str]:
-    """In what ``opening`` describes another job than the ``standing`` one, in words."""
-    return different(
-        (opening.train, opening.aggregate, opening.manifest_hash),
-        (standing.train, standing.aggregate, standing.manifest_hash),
-    )
-
-
-def different(now: tuple[object, ...], before: tuple[object, ...]) -> list[str]:
-    """The differences of two descriptions, or of their first parts, each once."""
-    names = ("train", "aggregate", "the dataset's manifest hash")
+def differences(now: Standing, before: Standing) -> list[str]:
+    """In what ``now`` is another job than that ``before``, in words, each once."""
     found = [
-        f"{path} is {new!r} now and was {old!r}"
-        for name, one, other in zip(names, before, now, strict=False)
-        for path, old, new in _differences(name, _plain(one), _plain(other))
+        *_differences("train", before.train, now.train),
+        *_differences("aggregate", before.aggregate, now.aggregate),
+        *_differences("the dataset's manifest hash", before.manifest_hash, now.manifest_hash),
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(f"{path} is {new!r} now and was {old!r}" for path, old, new in found))
 
 
 def _another(found: Iterable[str], place: Path) -> ConfigError:
@@ -210,19 +163,13 @@ def _another(found: Iterable[str], place: Path) -> ConfigError:
     return ConfigError([Problem("scheduler.job", text) for text in (advice, *found)])
 
 
-def _plain(value: object) -> object:
-    """Structs as dicts with all their fields: msgspec would leave out those that have their default."""
-    if isinstance(value, Struct):
-        fields = {name: _plain(getattr(value, name)) for name in value.__struct_fields__}
-        return fields | {"type": type(value).__name__}
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return value
-
-
 def _differences(path: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted((before.keys() | now.keys()) - _MAY_DIFFER):
+    if isinstance(before, Struct) and type(before) is type(now):
+        # msgspec's own conversion would leave out fields that have their default
+        for name in sorted(set(before.__struct_fields__) - _MAY_DIFFER):
+            yield from _differences(f"{path}.{name}", getattr(before, name), getattr(now, name))
+    elif isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
             yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
     elif before != now:
         yield path, before, now

@@ -18,7 +18,7 @@ from hypha.errors import ConfigError, HyphaError, Problem, Refused, Undecodable
 from hypha.files import disks
 from hypha.files.beneath import relative_path
 from hypha.files.staging import move_directory, write_whole
-from hypha.messages import CheckpointFile, CheckpointIndex, FileList, TransferMeta, encode_json
+from hypha.messages import CheckpointFile, CheckpointIndex, FileList, JobStamp, TransferMeta, encode_json
 from hypha.net.bulk.files import hash_file
 
 logger = logging.getLogger(__name__)
@@ -102,8 +102,6 @@ class StateDirectory:
         return aside
 
 
-logger = logging.getLogger(__name__)
-
 INDEX = "index.json"
 
 
@@ -147,23 +145,17 @@ class CheckpointStore:
         for stale in [key for key in self._arrived if key[0] < generation or key[1] < round_ - 1]:
             del self._arrived[stale]
             shutil.rmtree(self._incoming(stale), ignore_errors=True)
-        path = self._incoming(stamp) / self._name(meta.name)
+        path = self._incoming(stamp) / safe_relative(meta.name)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path
 
-    @staticmethod
-    def _name(name: str) -> PurePosixPath:
-        """``12/theta.safetensors`` and ``theta.safetensors`` are the same file of a checkpoint."""
-        return safe_relative(re.sub(r"^(round-)?\d+/", "", name))
-
     def arrived(self, meta: TransferMeta) -> None:
         """A file is here, verified by its transfer."""
-        self._arrived.setdefault(_stamp(meta), {})[str(self._name(meta.name))] = meta
+        self._arrived.setdefault(_stamp(meta), {})[str(safe_relative(meta.name))] = meta
 
     def complete(self, round_: int) -> bool:
         """The parameter server reports that all files for ``round_`` were sent. False: they are not here."""
-        # the sender may stamp the round that it closed, or the one that can be started
-        stamped = [key for key in self._arrived if key[1] in (round_, round_ - 1)]
+        stamped = [key for key in self._arrived if key[1] == round_]
         if not stamped:
             return self._directory(round_).is_dir()
         stamp = max(stamped)
@@ -216,15 +208,7 @@ class CheckpointStore:
 
     def files(self, round_: int) -> FileList:
         """What a restoring parameter server pulls; names are ``<round>/<file>``. :class:`Refused`."""
-        index = self.index(round_)
-        return FileList(
-            files=tuple(
-                TransferMeta(
-                    kind="checkpoint", name=f"{round_}/{entry.name}", size=entry.size, blake3=entry.blake3
-                )
-                for entry in index.files
-            )
-        )
+        return FileList(files=tuple(checkpoint_meta(round_, one) for one in self.index(round_).files))
 
     def file(self, name: str) -> tuple[Path, TransferMeta]:
         """The file ``<round>/<file>``. :class:`Refused`."""
@@ -241,6 +225,12 @@ class CheckpointStore:
             return decode_json((self._directory(round_) / INDEX).read_bytes(), CheckpointIndex)
         except (OSError, Undecodable) as exc:
             raise Refused("not-found", f"there is no checkpoint for round {round_}") from exc
+
+
+def checkpoint_meta(round_: int, file: CheckpointFile, stamp: JobStamp | None = None) -> TransferMeta:
+    """Of one of the files from which ``round_`` is started, on its way."""
+    name = f"{round_}/{file.name}"
+    return TransferMeta(kind="checkpoint", name=name, size=file.size, blake3=file.blake3, stamp=stamp)
 
 
 def _stamp(meta: TransferMeta) -> tuple[int, int]:

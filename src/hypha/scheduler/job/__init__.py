@@ -1,5 +1,3 @@
-"""A job from its configuration to its published model.
-
-:mod:`run` takes it through its :mod:`states`: ``Preparing``, then ``Opened`` (by :mod:`opening`), then
-``WorkingJob`` (:mod:`working`), to one of its ends (:mod:`ending`).
+"""A job from its configuration to its published model: :mod:`run` has it opened (:mod:`opening`), has it work
+(:mod:`working`), and brings it to one of its ends (:mod:`ending`).
 """

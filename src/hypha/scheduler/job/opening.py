@@ -1,26 +1,23 @@
-"""From :class:`Preparing` to :class:`Opened`: the dataset is found, the ledger opened, and what an earlier
-scheduler left is taken up.
-"""
+"""Opening a job: its dataset is found, its ledger opened, and what an earlier scheduler left is taken up."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
 from hypha.config.job import JobConfig
 from hypha.messages import OuterOptimizer
-from hypha.runtime import is_simulated
-from hypha.scheduler.data.datasets import ManifestChoice, Pins, ServedDataset, find_dataset
+from hypha.runtime import in_thread, is_simulated
+from hypha.scheduler.data.datasets import ServedDataset, find_dataset
 from hypha.scheduler.descriptions import outer_optimizer
-from hypha.scheduler.durable.database import has_trained, held_leases, known_manifest
+from hypha.scheduler.durable.database import left_behind
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.durable.starts import begins_anew, first_generation
-from hypha.scheduler.durable.state_directory import CheckpointStore
-from hypha.scheduler.job.states import JobContext, Opened
+from hypha.scheduler.durable.starts import Generation, first_generation
+from hypha.scheduler.job.states import JobContext
 from hypha.scheduler.leasing.events import LeaseGained
-from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.preflight.checking import check_before_leasing
 from hypha.scheduler.preflight.trial import ModelTrial, open_trial
 
@@ -30,78 +27,74 @@ logger = logging.getLogger(__name__)
 _RELEASE_S = 0.8
 
 
+@dataclass(frozen=True)
+class Opened:
+    """``generation`` begins. ``left`` are leases that an earlier scheduler held: where the job is
+    ``resumed`` its executors may run under them, else they are those of another job.
+    """
+
+    dataset: ServedDataset
+    ledger: Ledger
+    generation: Generation
+    left: tuple[LeaseGained, ...]
+
+    @property
+    def resumed(self) -> bool:
+        """An earlier scheduler has begun the job."""
+        return self.generation.start.generation > 0
+
+
 async def open_job(
     context: JobContext, fresh: bool, nursery: trio.Nursery, enter: Callable[[str], None]
 ) -> Opened:
     """Start the pool in ``nursery``, then open the job; ``enter`` is called with each step. Whoever calls
     closes the ledger. Raises :class:`hypha.errors.HyphaError`.
     """
-    config, ledger_path = context.config, context.state.ledger
-    left = tuple(await held_leases(ledger_path))
-    trained = not fresh and (bool(left) or await has_trained(ledger_path))
+    config, node, state, replicas = context.config, context.node, context.state, context.replicas
+    left = await left_behind(state.ledger)
+    trained = not fresh and (bool(left.leases) or left.trained)
     # a child process has no virtual clock
     wanted = "quick" if config.check == "full" and is_simulated() else config.check
     checks = "none" if trained else wanted
+
+    async def check(trial: ModelTrial | None) -> None:
+        enter(f"checking that the model goes with the dataset {dataset.name}")
+        await check_before_leasing(config, dataset.manifest, trial)
+
+    async def check_anew() -> None:
+        # the name of a job that is done, used for the next experiment: a new one for the check too
+        if trained and wanted != "none":
+            async with open_trial(config.model.type if wanted == "full" else None) as trial:
+                await check(trial)
+
     # what it imports takes as long as the look-up of the dataset
     async with open_trial(config.model.type if checks == "full" else None) as trial:
-        dataset = await _find(context, fresh, left, nursery, enter)
+        enter("waiting for a gateway")
+        await node.wait_connected()
+        if not fresh:
+            # they expire: they are renewed while everything else is looked for
+            context.pool.adopt(left.leases)
+        await nursery.start(context.pool.run)
+        looking = f"looking for the dataset {config.dataset.dataset}"
+        enter(looking)
+        known = None if fresh else left.manifest_hash
+        dataset = await find_dataset(node, config.dataset, lambda why: enter(f"{looking}: {why}"), known)
+        logger.info(
+            "The dataset %s has %d samples in %d slices at %d data nodes",
+            dataset.name,
+            dataset.manifest.samples,
+            len(dataset.manifest.slices),
+            len(dataset.providers),
+        )
         if checks != "none":
-            await _check(config, dataset, trial, enter)
-    # the name of a job that is done, used for the next experiment: a new one for the check too
-    check_anew = trained and wanted != "none"
-    if check_anew and await begins_anew(ledger_path, config, context.node.ref(), dataset):
-        async with open_trial(config.model.type if wanted == "full" else None) as trial:
-            await _check(config, dataset, trial, enter)
+            await check(trial)
     enter("reading the job's state")
-    ledger, generation = await first_generation(
-        context.state, config, context.node.ref(), dataset, context.replicas, fresh
-    )
-    store = CheckpointStore(context.state, generation.start.job_id, config.checkpoint.keep)
-    if generation.start.generation:
-        return Opened(dataset, ledger, generation, store, left=left)
-    return Opened(dataset, ledger, generation, store, of_another=left)
-
-
-async def _check(
-    config: JobConfig, dataset: ServedDataset, trial: ModelTrial | None, enter: Callable[[str], None]
-) -> None:
-    enter(f"checking that the model goes with the dataset {dataset.name}")
-    await check_before_leasing(config, dataset.manifest, trial)
-
-
-async def _find(
-    context: JobContext,
-    fresh: bool,
-    left: tuple[LeaseGained, ...],
-    nursery: trio.Nursery,
-    enter: Callable[[str], None],
-) -> ServedDataset:
-    config, node, pool = context.config, context.node, context.pool
-    enter("waiting for a gateway")
-    await node.wait_connected()
-    if not fresh:
-        # they expire: they are renewed while everything else is looked for
-        pool.adopt(left)
-    await nursery.start(pool.run)
-    name = config.dataset.dataset
-    known = None if fresh else await known_manifest(context.state.ledger)
-    enter(f"looking for the dataset {name}")
-    dataset = await find_dataset(
-        node,
-        name,
-        config.dataset.wait_s,
-        lambda why: enter(f"looking for the dataset {name}: {why}"),
-        Pins.of(config.dataset),
-        ManifestChoice(config.dataset.manifest_hash, known),
-    )
-    logger.info(
-        "The dataset %s has %d samples in %d slices at %d data nodes",
-        name,
-        dataset.manifest.samples,
-        len(dataset.manifest.slices),
-        len(dataset.providers),
-    )
-    return dataset
+    if fresh:
+        await in_thread(state.move_aside, "A fresh start was asked for")
+    if config.checkpoint.replicas:
+        await (replicas.forget_all() if fresh else replicas.bring_back_ledger(state))
+    ledger, generation = await first_generation(state, config, node.ref(), dataset, replicas, check_anew)
+    return Opened(dataset, ledger, generation, left.leases)
 
 
 async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
@@ -109,16 +102,19 @@ async def take_up(context: JobContext, opened: Opened, fresh: bool) -> None:
     start = opened.generation.start
     if start.optimizer is not None:
         _log_optimizer(start.optimizer, context.config)
-    if start.generation:
+    if opened.resumed:
         file = await opened.ledger.run(Ledger.to_file)
         context.progressed.resume(file.rounds)
         logger.info("The job goes on from round %d", start.round, extra={"job_id": start.job_id})
-    if opened.left:
-        logger.info("The job goes on with %d leases of its earlier scheduler", len(opened.left))
-    if opened.of_another:
-        logger.info("%d leases of an earlier job are given back", len(opened.of_another))
-        context.pool.adopt(opened.of_another if fresh else ())
-        await _give_back(context.pool, opened.of_another)
+        if opened.left:
+            logger.info("The job goes on with %d leases of its earlier scheduler", len(opened.left))
+    elif opened.left:
+        logger.info("%d leases of an earlier job are given back", len(opened.left))
+        context.pool.adopt(opened.left if fresh else ())
+        with trio.move_on_after(_RELEASE_S):
+            async with trio.open_nursery() as nursery:
+                for lease in opened.left:
+                    nursery.start_soon(context.pool.release, lease.lease_id)
 
 
 def _log_optimizer(optimizer: OuterOptimizer, config: JobConfig) -> None:
@@ -138,10 +134,3 @@ def _log_optimizer(optimizer: OuterOptimizer, config: JobConfig) -> None:
         optimizer.momentum,
         why,
     )
-
-
-async def _give_back(pool: Pool, left: Iterable[LeaseGained]) -> None:
-    with trio.move_on_after(_RELEASE_S):
-        async with trio.open_nursery() as nursery:
-            for lease in left:
-                nursery.start_soon(pool.release, lease.lease_id)

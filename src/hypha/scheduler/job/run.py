@@ -1,5 +1,4 @@
-"""Running a job: :func:`run_job`, and its way through its states, :class:`Preparing`, :class:`Opened` and
-:class:`WorkingJob`.
+"""Running a job: :func:`run_job`.
 
 However a job ends, by success, error or cancellation, its executors get a last directive and its leases are
 given back while the node still lives, within about four seconds; an open round is saved first, as it began.
@@ -11,35 +10,27 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from functools import partial
 
 import trio
 
 from hypha.config.models import SchedulerConfig
 from hypha.errors import HyphaError, JobFailed, leaves
-from hypha.journal import JournalEntry, write_entries
+from hypha.journal import write_entries
 from hypha.net import open_node, options_from
 from hypha.node import Node
-from hypha.runtime import in_thread, is_simulated
+from hypha.runtime import in_thread, is_simulated, outlasting
+from hypha.scheduler.durable.export import output_for
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.state_directory import StateDirectory
 from hypha.scheduler.goodput.signals import GoodputSignals
-from hypha.scheduler.job.opening import open_job, take_up
-from hypha.scheduler.job.states import (
-    JobContext,
-    JobFiles,
-    JobResult,
-    JobStage,
-    Observation,
-    Observer,
-    Opened,
-    Outcome,
-    Preparing,
-)
+from hypha.scheduler.handlers import served_directories
+from hypha.scheduler.job.opening import Opened, open_job, take_up
+from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Observation, Observer, Outcome
 from hypha.scheduler.job.working import WorkingJob
-from hypha.scheduler.rounds.events import GenerationBegan, Record
+from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.status.recording import recording
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot
@@ -73,18 +64,29 @@ async def run_job(
     went wrong.
     """
     job, observation = config.scheduler.job, observation or Observation()
-    files = await JobFiles.checked(job)
+    output = output_for(job.output, job.output_token)
+    await in_thread(output.check)
+    directories = await in_thread(served_directories, job)
     opened = open_ or partial(open_node, options_from(config, "hypha-scheduler"))
     disks: AbstractAsyncContextManager[None]
     disks = nullcontext() if is_simulated() else watch_disks({"state_dir": [config.state_dir]})
     outcome: Outcome = None
-    journal, present = observation.journal, _Present()
-    journal.listeners.append(present.listen)
+    running: RunningJob | None = None
+
+    def present() -> RoundMachine | None:
+        return None if running is None else running.machine
+
     with (
         StateDirectory(config.state_dir, job.name) as state,
-        logged(job_id=lambda: present.job_id, round=lambda: present.round),
+        logged(
+            job_id=lambda: None if (machine := present()) is None else machine.start.job_id,
+            round=lambda: None if (machine := present()) is None else machine.round,
+        ),
     ):
-        async with recording(config, journal) as feeding, _farewell() as (work, shelter):
+        async with (
+            recording(config, observation.journal) as feeding,
+            outlasting(_SHELTER_S) as (work, shelter),
+        ):
             see = None if feeding is None else feeding.see
             observers = [one for one in (observation.observe, see) if one is not None]
             with shelter:
@@ -93,8 +95,9 @@ async def run_job(
                     # raised only outside the nurseries, or it would arrive in an exception group
                     try:
                         with work:
-                            context = JobContext.create(job, node, state, files, observation)
-                            outcome = await RunningJob(context, observers).run(fresh)
+                            context = JobContext(job, node, state, observation, output, directories)
+                            running = RunningJob(context, observers)
+                            outcome = await running.run(fresh)
                     except HyphaError as exc:
                         outcome = exc
     await trio.lowlevel.checkpoint_if_cancelled()
@@ -103,105 +106,123 @@ async def run_job(
     raise outcome or JobFailed("the job ended without a result")
 
 
-class _Present:
-    """Which job it is and which round is open, for log entries: as the round machine decides."""
+class RunningJob:
+    """One run of a job; :meth:`run` once. ``observers`` are called a few times a second meanwhile."""
 
-    job_id: str | None = None
-    round: int | None = None
-
-    def listen(self, entry: JournalEntry) -> None:
-        if isinstance(entry.event, GenerationBegan):
-            self.job_id, self.round = entry.event.start.job_id, entry.event.start.round
-        for action in entry.actions:
-            if isinstance(action, Record):
-                self.round = action.entry.round + 1
-
-
-@asynccontextmanager
-async def _farewell() -> AsyncIterator[tuple[trio.CancelScope, trio.CancelScope]]:
-    """Two scopes: when this is cancelled, the first is too, and the second, shielded, only a little later:
-    the node has to live until workers have their last directive.
-    """
-    work, shelter = trio.CancelScope(), trio.CancelScope(shield=True)
-
-    async def pass_on() -> None:
-        try:
-            await trio.sleep_forever()
-        finally:
-            work.cancel()
-            shelter.deadline = trio.current_time() + _SHELTER_S
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(pass_on)
-        yield work, shelter
-        nursery.cancel_scope.cancel()
-
-
-class JobObserver:
-    """What others see of a run: snapshots, metrics, traces, and a log line when it stands still. ``stage``
-    and ``outcome`` give the present ones. ``observers`` are called a few times a second while :meth:`run`
-    runs.
-    """
-
-    def __init__(
-        self,
-        context: JobContext,
-        observers: list[Observer],
-        stage: Callable[[], JobStage],
-        outcome: Callable[[], Outcome],
-    ) -> None:
+    def __init__(self, context: JobContext, observers: list[Observer]) -> None:
         self._context = context
         self._observers = observers
-        self._stage = stage
-        self._outcome = outcome
+        self._stage = JobStage("starting")
+        self._opened: Opened | None = None
+        self._outcome: Outcome = None
+        self._scope = trio.CancelScope()
         self._metrics = JobMetrics(
             context.pool,
             context.progressed,
             context.config.rounds.update_rounds,
             context.began,
-            lambda: stage().machine,
-            lambda: stage().dataset,
+            lambda: self.machine,
+            lambda: self._stage.dataset,
         )
         self._goodput = GoodputSignals(context.journal, context.config.resources.num_workers, context.began)
         self._awaiting = Awaiting()
         self._services = ServiceVersions()
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Traces and metrics of this run, from what its machines note."""
-        if is_simulated():
-            yield
+    @property
+    def machine(self) -> RoundMachine | None:
+        return self._stage.machine
+
+    async def run(self, fresh: bool) -> Outcome:
+        """To the end: what the job has come to."""
+        with nullcontext() if is_simulated() else self._shown():
+            await self._run(fresh)
+        return self._outcome
+
+    async def _run(self, fresh: bool) -> None:
+        context = self._context
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._observe)
+                    self._opened = opened = await open_job(context, fresh, nursery, self._enter)
+                    await take_up(context, opened, fresh)
+                    self._goodput.resume(context.progressed.rounds)
+                    self._stage = working = WorkingJob(context, opened, nursery, self._end)
+                    await working.run()
+        except* HyphaError as group:
+            self._outcome = leaves(group)[0]
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._leave()
+            self._look()
+            self._goodput.close()
+
+    def _enter(self, step: str) -> None:
+        self._stage = JobStage(step)
+
+    def _end(self, outcome: JobResult | HyphaError) -> None:
+        self._outcome = self._outcome or outcome
+        self._scope.cancel()
+
+    @property
+    def _failed(self) -> bool:
+        """With an error of ours, or one that nobody foresaw; not by a cancellation."""
+        return isinstance(self._outcome, HyphaError) or isinstance(sys.exception(), Exception)
+
+    async def _leave(self) -> None:
+        """Whatever was reached: the open round is saved, executors are finished, leases and the ledger
+        closed.
+        """
+        stage, done = self._stage, isinstance(self._outcome, JobResult)
+        if self._opened is None:
+            # what an earlier scheduler left is as it was
             return
-        listeners = (self._metrics.note, self._context.traces.note)
-        journal = self._context.journal
+        if isinstance(stage, WorkingJob):
+            if not done:
+                await stage.save_last(_SAVE_S)
+            await stage.executors.finish("done" if done else "the scheduler stops", _FAREWELL_S)
+        await self._context.pool.close(_RELEASE_S)
+        ledger = self._opened.ledger
+        # on a full disk it would wait; then the next scheduler gives back what is over
+        with trio.move_on_after(_RELEASE_S):
+            await ledger.run(Ledger.lease_ended)
+        ledger.close()
+        if self._failed:
+            await self._leave_journal()
+
+    async def _leave_journal(self) -> None:
+        """What the machines did last, for whoever wants to know why the job failed."""
+        path = self._context.state.path / "journal.jsonl"
+        entries = tuple(self._context.journal.entries)
+        try:
+            await in_thread(write_entries, path, self._snapshot(), entries)
+        except OSError as exc:
+            logger.warning("The journal of the failed job is not kept in %s: %s", path, exc)
+        else:
+            logger.info("What the scheduler decided last is in %s", path)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Traces and metrics of this run, from what its machines note."""
+        journal, traces = self._context.journal, self._context.traces
+        listeners = (self._metrics.note, traces.note)
         # what they were made from was noted before anybody could listen
         for entry in journal.entries:
             self._metrics.note(entry)
         journal.listeners.extend(listeners)
-        self._context.traces.begin(self._context.config.name)
+        traces.begin(self._context.config.name)
         try:
-            with self._metrics.shown(lambda: self.snapshot().state):
+            with self._metrics.shown(lambda: self._snapshot().state):
                 yield
         finally:
             for listener in listeners:
                 journal.leave(listener)
-            self._context.traces.close()
-            outcome = self._outcome()
-            # an error that nobody foresaw is none of ours, but no cancellation either
-            failed = outcome is not None or isinstance(sys.exception(), Exception)
-            status = "done" if isinstance(outcome, JobResult) else "failed" if failed else "stopped"
+            traces.close()
+            done = isinstance(self._outcome, JobResult)
+            status = "done" if done else "failed" if self._failed else "stopped"
             self._metrics.ended(status, trio.current_time())
 
-    def resume(self) -> None:
-        """The rounds of an earlier scheduler of the job are in the progress now."""
-        self._goodput.resume(self._context.progressed.rounds)
-
-    def close(self) -> None:
-        """Look a last time; nothing is shown any more."""
-        self._look()
-        self._goodput.close()
-
-    async def run(self) -> None:
+    async def _observe(self) -> None:
         """Look at the job until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._services.run, self._context.node)
@@ -215,22 +236,21 @@ class JobObserver:
             # metrics are wanted nevertheless
             self._goodput.report(trio.current_time())
             return
-        snapshot = self.snapshot()
+        snapshot = self._snapshot()
         for observe in self._observers:
             observe(snapshot)
 
-    def snapshot(self) -> JobSnapshot:
-        stage = self._stage()
+    def _snapshot(self) -> JobSnapshot:
+        stage = self._stage
         data_nodes = {} if stage.dataset is None else stage.dataset.stated
         for peer, abilities in data_nodes.items():
             self._services.note("data node", peer, abilities)
         goodput = self._goodput.report(trio.current_time())
-        return snapshot_of(
-            self._context, stage, self._outcome(), goodput, self._services.snapshot(data_nodes)
-        )
+        services = self._services.snapshot(data_nodes)
+        return snapshot_of(self._context, stage, self._outcome, goodput, services)
 
     def _look_for_silence(self) -> None:
-        stage, context = self._stage(), self._context
+        stage, context = self._stage, self._context
         machine = stage.machine
         if machine is None:
             # what stands behind the colon comes and goes while the step is the same
@@ -243,76 +263,3 @@ class JobObserver:
             return f"{now}; waiting for {whom}" if whom else now
 
         self._awaiting.look((machine.start.generation, machine.round, machine.phase), what)
-
-
-class RunningJob:
-    """One run of a job; :meth:`run` once."""
-
-    def __init__(self, context: JobContext, observers: list[Observer]) -> None:
-        self._context = context
-        self._stage: Preparing | Opened | WorkingJob = Preparing("starting")
-        self._outcome: Outcome = None
-        self._observer = JobObserver(context, observers, lambda: self._stage, lambda: self._outcome)
-        self._scope = trio.CancelScope()
-
-    async def run(self, fresh: bool) -> Outcome:
-        """To the end: what the job has come to."""
-        with self._observer.shown():
-            await self._run(fresh)
-        return self._outcome
-
-    async def _run(self, fresh: bool) -> None:
-        try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._observer.run)
-                    self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
-                    await take_up(self._context, opened, fresh)
-                    self._observer.resume()
-                    self._stage = working = WorkingJob(self._context, opened, nursery, self._end)
-                    await working.run()
-        except* HyphaError as group:
-            self._outcome = leaves(group)[0]
-        finally:
-            with trio.CancelScope(shield=True):
-                await self._leave()
-            self._observer.close()
-
-    def _enter(self, step: str) -> None:
-        self._stage = Preparing(step)
-
-    def _end(self, outcome: JobResult | HyphaError) -> None:
-        self._outcome = self._outcome or outcome
-        self._scope.cancel()
-
-    async def _leave(self) -> None:
-        """Whatever was reached: the open round is saved, executors are finished, leases and the ledger
-        closed.
-        """
-        stage, done = self._stage, isinstance(self._outcome, JobResult)
-        if isinstance(stage, Preparing):
-            # what an earlier scheduler left is as it was
-            return
-        if isinstance(stage, WorkingJob):
-            if not done:
-                await stage.save_last(_SAVE_S)
-            await stage.finish("done" if done else "the scheduler stops", _FAREWELL_S)
-        await self._context.pool.close(_RELEASE_S)
-        # on a full disk it would wait; then the next scheduler gives back what is over
-        with trio.move_on_after(_RELEASE_S):
-            await stage.ledger.run(Ledger.lease_ended)
-        stage.ledger.close()
-        # an error of ours, or one that nobody foresaw; not a cancellation
-        if isinstance(self._outcome, HyphaError) or isinstance(sys.exception(), Exception):
-            await self._leave_journal()
-
-    async def _leave_journal(self) -> None:
-        """What the machines did last, for whoever wants to know why the job failed."""
-        path = self._context.state.path / "journal.jsonl"
-        entries = tuple(self._context.journal.entries)
-        try:
-            await in_thread(write_entries, path, self._observer.snapshot(), entries)
-        except OSError as exc:
-            logger.warning("The journal of the failed job is not kept in %s: %s", path, exc)
-        else:
-            logger.info("What the scheduler decided last is in %s", path)

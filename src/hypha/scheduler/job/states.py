@@ -1,8 +1,4 @@
-"""What every part of a running job uses, and the states that a run goes through.
-
-A run is :class:`Preparing` while its dataset is looked for and its ledger is opened, :class:`Opened` when
-both are there, and then at work (:class:`hypha.scheduler.job.working.WorkingJob`).
-"""
+"""What every part of a running job uses, what is seen of it, and what it comes to."""
 
 from __future__ import annotations
 
@@ -14,20 +10,15 @@ import trio
 
 from hypha.config.job import JobConfig
 from hypha.errors import HyphaError
-from hypha.features import needs
 from hypha.journal import Journal
-from hypha.messages import PeerRef
 from hypha.node import Node
-from hypha.runtime import in_thread
 from hypha.scheduler.data.datasets import ServedDataset
-from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.durable.export import Output, output_for
-from hypha.scheduler.durable.ledger import Ledger
+from hypha.scheduler.descriptions import searches_of
+from hypha.scheduler.durable.export import Output
 from hypha.scheduler.durable.replicas import Replicas
-from hypha.scheduler.durable.starts import Generation, described
-from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
-from hypha.scheduler.handlers import ServedDirectory, served_directories
-from hypha.scheduler.leasing.events import LeaseGained, SearchTimes
+from hypha.scheduler.durable.state_directory import StateDirectory
+from hypha.scheduler.handlers import ServedDirectory
+from hypha.scheduler.leasing.events import SearchTimes
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules
@@ -48,99 +39,45 @@ class Observation:
     trace_ratio: float | None = None
 
 
-@dataclass(frozen=True)
-class JobFiles:
-    """Where the trained model goes, and the ``directories`` that workers fetch files from, by kind."""
-
-    output: Output
-    directories: dict[str, ServedDirectory]
-
-    @classmethod
-    async def checked(cls, config: JobConfig) -> JobFiles:
-        """As the configuration names them. Raises :class:`HyphaError` where one cannot be used."""
-        output = output_for(config.output, config.output_token)
-        await in_thread(output.check)
-        return cls(output, await in_thread(served_directories, config))
-
-
-@dataclass(frozen=True)
 class JobContext:
-    """One run of a job, the same from its beginning to its end. ``began`` is when, of trio's clock."""
+    """One run of a job that begins now, the same to its end; ``node`` is connected or will be. ``output`` is
+    where the model goes; workers fetch files from ``directories``, by kind. ``began`` is of trio's clock.
+    """
 
-    config: JobConfig
-    rules: Rules
-    node: Node
-    state: StateDirectory
-    files: JobFiles
-    pool: Pool
-    replicas: Replicas
-    progressed: Progressed
-    journal: Journal
-    traces: RoundTraces
-    began: float
-
-    @classmethod
-    def create(
-        cls, config: JobConfig, node: Node, state: StateDirectory, files: JobFiles, observation: Observation
-    ) -> JobContext:
-        """Of a run that begins now; ``node`` is connected or will be."""
-        resources, journal = config.resources, observation.journal
+    def __init__(
+        self,
+        config: JobConfig,
+        node: Node,
+        state: StateDirectory,
+        observation: Observation,
+        output: Output,
+        directories: dict[str, ServedDirectory],
+    ) -> None:
+        resources = config.resources
         times = SearchTimes(
             offer_deadline_s=resources.offer_deadline_s, yield_after_s=resources.yield_after_s
         )
-        traces = RoundTraces(observation.trace_ratio)
-        train, aggregate = described(config, PeerRef(peer=""), "")
-        searches = searches_for(
-            resources,
-            config.dataset.dataset,
-            {"train": needs(train), "aggregate": needs(aggregate)},
-            config.rounds.max_batch_size if config.rounds.batch_size is None else 1,
-        )
-        return cls(
-            config=config,
-            rules=Rules.from_config(config),
-            node=node,
-            state=state,
-            files=files,
-            pool=Pool(node, searches, times, journal=journal, traces=traces),
-            replicas=Replicas(node, config.name),
-            progressed=Progressed(),
-            journal=journal,
-            traces=traces,
-            began=trio.current_time(),
-        )
+        self.config = config
+        self.rules = Rules.from_config(config)
+        self.node = node
+        self.state = state
+        self.output = output
+        self.directories = directories
+        self.journal = observation.journal
+        self.traces = RoundTraces(observation.trace_ratio)
+        self.pool = Pool(node, searches_of(config), times, journal=self.journal, traces=self.traces)
+        self.replicas = Replicas(node, config.name)
+        self.progressed = Progressed()
+        self.began = trio.current_time()
 
 
+@dataclass
 class JobStage:
-    """What is known of a job in any of its states; ``step`` is what is done while there is no machine."""
+    """What is known of a job now; ``step`` is what is done while there is no machine."""
 
     step: str
-    dataset: ServedDataset | None
-    machine: RoundMachine | None
-
-
-@dataclass(frozen=True)
-class Preparing(JobStage):
-    """The first state of a run."""
-
-    step: str
-    dataset = machine = None
-
-
-@dataclass(frozen=True)
-class Opened(JobStage):
-    """The second one: the dataset is known, the ledger open, and ``generation`` begins. ``left`` are leases
-    of an earlier scheduler of the job, under which executors may run; those ``of_another`` job go back.
-    """
-
-    dataset: ServedDataset
-    ledger: Ledger
-    generation: Generation
-    store: CheckpointStore
-    left: tuple[LeaseGained, ...] = ()
-    of_another: tuple[LeaseGained, ...] = ()
-    step = "reading the job's state"
-    machine = None
+    dataset: ServedDataset | None = None
+    machine: RoundMachine | None = None
 
 
 @dataclass(frozen=True)

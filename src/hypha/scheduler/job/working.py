@@ -13,26 +13,22 @@ from collections.abc import Callable
 
 import trio
 
-from hypha.errors import HyphaError
-from hypha.messages import JobStamp
+from hypha.errors import HyphaError, NetworkError
+from hypha.messages import JobStamp, PeerRef, SaveCheckpoint, Steer
 from hypha.runtime import chance, in_thread
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.descriptions import Descriptions, class_names
+from hypha.scheduler.descriptions import Descriptions
 from hypha.scheduler.durable.ledger import Ledger
 from hypha.scheduler.durable.replicas import Replicating
 from hypha.scheduler.durable.starts import Generation, next_generation
+from hypha.scheduler.durable.state_directory import CheckpointStore
 from hypha.scheduler.executors import JobExecutors
-from hypha.scheduler.handlers import FileHandlers, KeptSlices, RequestHandlers
-from hypha.scheduler.job.ending import publish, save_last
-from hypha.scheduler.job.states import JobContext, JobResult, JobStage, Opened
-from hypha.scheduler.leasing.events import (
-    LeaseGained,
-    LeaseLeaving,
-    LeaseLost,
-    LeaseRecovered,
-    LeaseSuspect,
-)
+from hypha.scheduler.handlers import FileHandlers, RequestHandlers
+from hypha.scheduler.job.ending import publish
+from hypha.scheduler.job.opening import Opened
+from hypha.scheduler.job.states import JobContext, JobResult, JobStage
+from hypha.scheduler.leasing.events import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import CarriedOver
@@ -41,14 +37,17 @@ from hypha.scheduler.status.view import sentence
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.1
+#: of the request to save the open round: above the numbers of all directives before it, and below that of the
+#: last one
+_SAVE_SEQ = (1 << 62) - 1
+_SAVE_PAUSE_S = 0.1
 
 
 class WorkingJob(JobStage):
-    """The third state of a run, after :class:`Opened`. ``end`` is called with what the job comes to; tasks
-    run in ``nursery``. :meth:`run` once.
+    """A job that was ``opened``. ``end`` is called with what it comes to; tasks run in ``nursery``.
+    :meth:`run` once.
     """
 
-    step = ""
     dataset: ServedDataset
     #: of the current generation
     machine: RoundMachine
@@ -60,51 +59,43 @@ class WorkingJob(JobStage):
         nursery: trio.Nursery,
         end: Callable[[JobResult | HyphaError], None],
     ) -> None:
+        super().__init__("", opened.dataset)
         self._context = context
-        self.dataset = opened.dataset
-        self.ledger = opened.ledger
-        self._store = opened.store
+        self._ledger = opened.ledger
+        job_id, keep = opened.generation.start.job_id, context.config.checkpoint.keep
+        self._store = CheckpointStore(context.state, job_id, keep)
         self._nursery = nursery
         self._end = end
-        self._decided, self._actions = trio.open_memory_channel[events.Action](math.inf)
+        #: an event is set once all before it is carried out
+        self._decided, self._actions = trio.open_memory_channel[events.Action | trio.Event](math.inf)
         node = context.node
-        self._executors = JobExecutors(node, nursery, self._handle, opened.left, context.traces)
-        self._use(opened.generation, CarriedOver())
-        self._file_handlers = FileHandlers(
-            node, context.files.directories, opened.store, self._executors.holds, self._is_server
-        )
-        self._request_handlers = RequestHandlers(
-            node,
-            opened.dataset,
-            lambda: (self.machine.start, self._kept),
-            self._handle,
-            self._executors.holds,
-        )
+        left = opened.left if opened.resumed else ()
+        self.executors = JobExecutors(node, nursery, self._handle, left, context.traces)
         self._replicating = Replicating(
             context.replicas,
             opened.ledger,
-            context.state,
+            self._store,
             lambda: self.machine.start.stamp,
             lambda: context.pool.leases,
             context.config.checkpoint.replicas,
         )
+        self._begin(opened.generation, CarriedOver())
 
     async def run(self) -> None:
         """Until ``end`` was called, or cancelled."""
-        self._file_handlers.open()
-        self._begin_generation()
-        self._request_handlers.open()
-        pool = self._context.pool
-        for record in await self.ledger.run(Ledger.track_records):
+        node, pool, executors = self._context.node, self._context.pool, self.executors
+        FileHandlers(node, self._context.directories, self._store, executors.holds, self._is_server).open()
+        RequestHandlers(node, self.dataset, self._handle, self._carried_out, executors.holds).open()
+        for record in await self._ledger.run(Ledger.track_records):
             pool.know(record)
         pool.want("aggregate", 1)
         pool.want("train", self._context.config.resources.num_workers)
-        self._nursery.start_soon(self.dataset.watch, self._context.node)
+        self._nursery.start_soon(self.dataset.watch, node)
         self._nursery.start_soon(self._leases)
         self._nursery.start_soon(self._ticking)
-        starts = await self.ledger.run(Ledger.starts)
-        if starts and starts[0].place == "scheduler":
-            self._replicating.put(starts[0].round, self._store)
+        newest, *_ = await self._ledger.run(Ledger.starts)
+        if newest.place == "scheduler":
+            self._replicating.put(newest.round)
         self._nursery.start_soon(self._replicating.run)
         async for action in self._actions:
             # whenever the job is to stop, what the ledger has begun to write is finished
@@ -112,48 +103,69 @@ class WorkingJob(JobStage):
                 await self._carry_out(action)
 
     async def save_last(self, timeout_s: float) -> None:
-        """The job is to stop: have the open round saved as it began."""
-        node, machine = self._context.node, self.machine
-        await save_last(node, machine, self.ledger, self._actions, self._carry_out_durable, timeout_s)
+        """The job is to stop: have the open round saved as it began, unless it is, for at most ``timeout_s``.
+        What was decided is carried out only as far as the ledger is to have it.
+        """
+        machine = self.machine
+        while self._actions.statistics().current_buffer_used:
+            await self._carry_out_durable()
+        asked_for, newest = machine.round, await self._newest_start()
+        server = machine.server if machine.server_ready and machine.phase not in ("done", "failed") else None
+        if server is not None and newest < asked_for:
+            with trio.move_on_after(timeout_s):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._request_save, server, asked_for)
+                    while newest < machine.round:
+                        await self._carry_out_durable()
+                        newest = await self._newest_start()
+                    nursery.cancel_scope.cancel()
+        fields = {"job_id": machine.start.job_id}
+        if newest < machine.round:
+            text = "Round %d could not be saved in time; the job will go on from round %d"
+            logger.warning(text, machine.round, newest, extra=fields)
+        else:
+            logger.info("The job will go on from round %d", newest, extra=fields)
 
-    async def finish(self, reason: str, timeout_s: float) -> None:
-        """Send all executors their end, for at most ``timeout_s``; refuse requests for slices that wait."""
-        self._kept.close()
-        await self._executors.finish(reason, timeout_s)
+    async def _carry_out_durable(self) -> None:
+        action = await self._actions.receive()
+        if isinstance(action, events.Durable | trio.Event):
+            await self._carry_out(action)
 
-    # --- generations ----------------------------------------------------------------------------------------
+    async def _newest_start(self) -> int:
+        newest, *_ = await self._ledger.run(Ledger.starts)
+        return newest.round
 
-    def _use(self, generation: Generation, carried: CarriedOver) -> None:
+    async def _request_save(self, server: PeerRef, round_: int) -> None:
+        """Send it until it is delivered."""
+        stamp, save = self.machine.start.stamp, SaveCheckpoint(round=round_)
+        steer = Steer(stamp=stamp, kind="aggregate", seq=_SAVE_SEQ, directive=save)
+        while True:
+            try:
+                await self._context.node.request(server.peer, steer)
+                return
+            except NetworkError as exc:
+                fields = {"worker_peer_id": server.peer}
+                logger.debug("The request to save a checkpoint was not delivered: %s", exc, extra=fields)
+            await trio.sleep(_SAVE_PAUSE_S)
+
+    def _begin(self, generation: Generation, carried: CarriedOver) -> None:
         """Of its slices, workers that are not leased any more lose theirs; its machine gets what was
         ``carried`` over.
         """
         tracker = SliceTracker.from_state(generation.tracker)
         for worker in tracker.holders:
-            if (worker, "train") not in self._executors.leases:
+            if (worker, "train") not in self.executors.leases:
                 tracker.forget(worker)
         context = self._context
         self._generation = generation
-        #: which of its slices are durable
-        self._kept = KeptSlices()
-        #: what its machine was given of its surroundings, by the event's name
-        self._surroundings: dict[str, events.Input] = {}
-        self.machine = RoundMachine(
+        #: what its machine was given of its surroundings last
+        self._surroundings: dict[type, events.Input] = {}
+        self.machine = machine = RoundMachine(
             context.rules, generation.start, tracker, context.node.ref(), carried, context.journal
         )
-
-    def _begin_generation(self) -> None:
-        context, generation, machine = self._context, self._generation, self.machine
-        manifest = self.dataset.manifest
-        descriptions = Descriptions(
-            context.config,
-            generation.start,
-            context.node.ref(),
-            class_names(context.config.model, manifest),
-            tuple(part.samples for part in manifest.slices),
-            self.dataset.manifest_hash,
-        )
+        descriptions = Descriptions(context.config, generation.start, context.node.ref(), self.dataset)
         context.progressed.cut(generation.start.round)
-        self._executors.begin_generation(descriptions, generation, lambda: machine.steps)
+        self.executors.begin_generation(descriptions, generation, lambda: machine.steps)
 
     async def _restart(self, restart: events.Restart) -> None:
         """The parameter server is lost: a new generation from the newest checkpoint."""
@@ -166,42 +178,32 @@ class WorkingJob(JobStage):
                 restart.reason,
                 extra={"job_id": start.job_id, "round": start.round},
             )
-            await self.ledger.run(Ledger.forget_checkpoint, start.round)
-        generation = await next_generation(self.ledger, self._store, start, context.replicas)
+            await self._ledger.run(Ledger.forget_checkpoint, start.round)
+        generation = await next_generation(self._ledger, self._store, start, context.replicas)
         logger.warning(
             "The parameter server was lost (%s); the job goes on from round %d",
             restart.reason,
             generation.start.round,
             extra={"job_id": generation.start.job_id},
         )
-        self._kept.close()
-        self._use(generation, restart.carried)
-        self._begin_generation()
+        self._begin(generation, restart.carried)
 
-    # --- events ---------------------------------------------------------------------------------------
-
-    def _handle(self, event: events.Input) -> events.AnswerSlice | None:
-        """Have the machine handle ``event``. What follows is carried out in order, and soon; the reply to a
-        request for a slice is returned.
-        """
-        reply: events.AnswerSlice | None = None
-        for action in self.machine.handle(event, trio.current_time()):
-            if isinstance(action, events.AnswerSlice):
-                reply = action
-                continue
+    def _handle(self, event: events.Input) -> list[events.Action]:
+        """What the machine decides on ``event``; that is carried out in order, and soon."""
+        decided = self.machine.handle(event, trio.current_time())
+        for action in decided:
             if isinstance(action, events.Record):
                 # at once: a snapshot never shows the next round with the last one's numbers
                 self._context.progressed.add(action.entry)
                 self._context.pool.worked(action.entry)
             self._decided.send_nowait(action)
-        return reply
+        return decided
 
-    def _handle_change(self, event: events.DataServed | events.LeasesHeld) -> None:
-        """Have the machine handle ``event``, unless that is what it was given last."""
-        name = type(event).__name__
-        if self._surroundings.get(name) != event:
-            self._surroundings[name] = event
-            self._handle(event)
+    async def _carried_out(self) -> None:
+        """Return when all that was decided so far is carried out."""
+        done = trio.Event()
+        self._decided.send_nowait(done)
+        await done.wait()
 
     def _is_server(self, peer: str, stamp: JobStamp | None) -> bool:
         """Whether ``peer`` is the parameter server of the current generation, which ``stamp`` is of."""
@@ -210,14 +212,29 @@ class WorkingJob(JobStage):
             return False
         return stamp is not None and stamp.generation == generation
 
-    # --- actions --------------------------------------------------------------------------------------
-
-    async def _carry_out(self, action: events.Action) -> None:
+    async def _carry_out(self, action: events.Action | trio.Event) -> None:
         match action:
-            case events.Record() | events.FirstTheta() | events.KeepSlices() | events.Checkpointed():
-                await self._carry_out_durable(action)
+            case trio.Event():
+                action.set()
+            case events.Record(entry=entry, tracker=tracker, steps=steps):
+                await self._ledger.run(Ledger.record, entry, tracker, steps)
+                logger.info(
+                    "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
+                    entry.round + 1,
+                    self._context.rules.rounds,
+                    entry.samples,
+                    len(entry.contributors),
+                    entry.loss,
+                    extra={"round": entry.round},
+                )
+            case events.KeepSlices(tracker=tracker):
+                await self._ledger.run(Ledger.keep_slices, tracker)
+            case events.FirstTheta(theta=theta):
+                await self._ledger.run(Ledger.first_theta, theta)
+            case events.Checkpointed(round=round_, place=place):
+                await self._checkpointed(round_, place)
             case events.Send():
-                self._executors.send(action)
+                self.executors.send(action)
             case events.Drop(peer=peer, reason=reason):
                 logger.warning("A worker is replaced: %s", reason, extra={"worker_peer_id": peer})
                 await self._give_back(action, to_blame=True)
@@ -229,51 +246,27 @@ class WorkingJob(JobStage):
                 pause_s = action.pause_s * chance().uniform(1.0, 1.5)
                 fields = {"worker_peer_id": peer, "incarnation": instead_of}
                 logger.warning("An executor is started again in %.1f s: %s", pause_s, reason, extra=fields)
-                self._executors.again(peer, instead_of, pause_s)
+                self.executors.again(peer, instead_of, pause_s)
             case events.Restart():
                 await self._restart(action)
             case events.Publish(files=files):
-                result = await publish(self._context, self.ledger, self.machine, files)
+                result = await publish(self._context, self._ledger, self.machine, files)
                 self._replicating.close()
-                await self._context.replicas.forget(self.ledger, self.machine.start.job_id)
+                await self._context.replicas.forget(self._ledger, self.machine.start.job_id)
                 self._end(result)
             case events.Fail(error=error):
                 self._end(error)
             case events.AnswerSlice():
-                pass  # whoever asked has it
+                pass  # whoever asked has it, and waits for what is before it
 
     async def _give_back(self, action: events.Drop | events.LetGo, to_blame: bool) -> None:
-        lease = self._executors.lost(action.peer, action.kind)
+        lease = self.executors.lost(action.peer, action.kind)
         if lease is None:
             return
-        await self.ledger.run(Ledger.lease_ended, lease.lease_id)
+        await self._ledger.run(Ledger.lease_ended, lease.lease_id)
         if to_blame:
-            await self.ledger.run(Ledger.failed, action.peer, action.reason)
+            await self._ledger.run(Ledger.failed, action.peer, action.reason)
         self._nursery.start_soon(self._context.pool.release, lease.lease_id, to_blame)
-
-    async def _carry_out_durable(self, action: events.Durable) -> None:
-        match action:
-            case events.Record(entry=entry, tracker=tracker, steps=steps):
-                await self.ledger.run(Ledger.record, entry, tracker, steps)
-                if entry.generation == self.machine.start.generation:
-                    self._kept.note(tracker.version)
-                logger.info(
-                    "Round %d of %d was applied: %d samples of %d workers, loss %.4f",
-                    entry.round + 1,
-                    self._context.rules.rounds,
-                    entry.samples,
-                    len(entry.contributors),
-                    entry.loss,
-                    extra={"round": entry.round},
-                )
-            case events.KeepSlices(generation=generation, tracker=tracker):
-                if generation == self.machine.start.generation:
-                    await self.ledger.run(Ledger.keep_slices, tracker)
-                    self._kept.note(tracker.version)
-            case events.FirstTheta(theta=theta):
-                await self.ledger.run(Ledger.first_theta, theta)
-            case events.Checkpointed(round=round_, place=place):
-                await self._checkpointed(round_, place)
 
     async def _checkpointed(self, round_: int, place: str) -> None:
         if self._context.config.checkpoint.place == "scheduler":
@@ -286,22 +279,20 @@ class WorkingJob(JobStage):
             if not complete:
                 logger.error("A checkpoint for round %d was announced, but its files are not here", round_)
                 return
-        await self.ledger.run(Ledger.checkpoint, round_, place)
+        await self._ledger.run(Ledger.checkpoint, round_, place)
         self._context.progressed.checkpoint = round_
         self._context.progressed.checkpoint_at = trio.current_time()
         # at any other place the files are pruned by the parameter server's worker, which can write there
-        rounds = {start.round for start in await self.ledger.run(Ledger.starts) if start.place}
+        rounds = {start.round for start in await self._ledger.run(Ledger.starts) if start.place}
         for old in self._store.outdated(rounds):
-            await self.ledger.run(Ledger.forget_checkpoint, old)
+            await self._ledger.run(Ledger.forget_checkpoint, old)
             rounds.remove(old)
         if place == "scheduler":
             await in_thread(self._store.keep_only, rounds)
-            self._replicating.put(round_, self._store)
-
-    # --- leases ---------------------------------------------------------------------------------------
+            self._replicating.put(round_)
 
     async def _leases(self) -> None:
-        executors, pool = self._executors, self._context.pool
+        executors, pool = self.executors, self._context.pool
         async for event in pool.events:
             fields = {"worker_peer_id": event.worker.peer, "lease_id": event.lease_id}
             match event:
@@ -313,11 +304,11 @@ class WorkingJob(JobStage):
                         await pool.release(event.lease_id, avoid=True)
                     else:
                         executors.gained(event)
-                        await self.ledger.run(Ledger.lease_gained, event)
+                        await self._ledger.run(Ledger.lease_gained, event)
                 case LeaseLost(reason=reason):
-                    await self.ledger.run(Ledger.lease_ended, event.lease_id)
+                    await self._ledger.run(Ledger.lease_ended, event.lease_id)
                     if event.to_blame:
-                        await self.ledger.run(Ledger.failed, event.worker.peer, reason)
+                        await self._ledger.run(Ledger.failed, event.worker.peer, reason)
                     if executors.lost(event.worker.peer, event.kind) is not None:
                         self._handle(events.ParticipantLost(event.worker.peer, event.kind, reason))
                 case LeaseSuspect():
@@ -327,12 +318,13 @@ class WorkingJob(JobStage):
                 case LeaseRecovered():
                     self._handle(events.Reachable(event.worker.peer, event.kind))
 
-    # --- time -----------------------------------------------------------------------------------------
-
     async def _ticking(self) -> None:
         while True:
-            self._handle_change(events.DataServed(bool(self.dataset.providers)))
-            self._handle_change(self._held())
+            around: tuple[events.Input, ...] = (events.DataServed(bool(self.dataset.providers)), self._held())
+            for event in around:
+                if self._surroundings.get(type(event)) != event:
+                    self._surroundings[type(event)] = event
+                    self._handle(event)
             self._handle(events.TimePassed())
             # one that goes on after a restart has executors that are worth keeping
             if self.machine.phase != "loading" or self.machine.start.generation:

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import trio
 
-from hypha.config.job import DEFAULT_EXECUTOR, JobConfig, ModelConfig, PreprocessorConfig
+from hypha.config.job import DEFAULT_EXECUTOR, JobConfig
 from hypha.decoding import decode
 from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
-from hypha.scheduler.durable.starts import described
+from hypha.scheduler.descriptions import described, hub_reference
 from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.known import JOB, ModelDescription, PreflightFinding, describe_model, printable
 from hypha.scheduler.preflight.trial import ModelTrial
@@ -147,7 +147,7 @@ class _Files:
                 f"the hub did not answer within {2 * _HUB_S:g} s; workers fetch it themselves"
             )
             with trio.move_on_after(2 * _HUB_S):
-                answer = await in_thread(ask_hub, _reference(given), directory, abandon_on_cancel=True)
+                answer = await in_thread(ask_hub, hub_reference(given), directory, abandon_on_cancel=True)
             if answer.problem:
                 key = f"{JOB}.{name}.repository"
                 found.append(PreflightFinding(key, answer.problem, error=answer.refused))
@@ -165,15 +165,6 @@ class _Files:
     def preprocessor_config(self) -> Mapping[str, object] | None:
         path = self.preprocessor
         return None if path is None else _json_in(path / "preprocessor_config.json")
-
-
-def _reference(given: ModelConfig | PreprocessorConfig) -> HuggingFace:
-    return HuggingFace(
-        repository=given.repository or "",
-        revision=given.revision,
-        filenames=tuple(given.filenames),
-        token=given.token,
-    )
 
 
 def _json_in(path: Path) -> dict[str, object] | None:

@@ -5,20 +5,10 @@ from __future__ import annotations
 from msgspec import Struct
 
 from hypha.errors import HyphaError
-from hypha.messages import (
-    Directive,
-    ExecutorClass,
-    JobStamp,
-    LedgerRound,
-    NextSlice,
-    PeerRef,
-    Progress,
-)
+from hypha.messages import Directive, ExecutorClass, JobStamp, LedgerRound, NextSlice, PeerRef, Progress
 from hypha.messages import Event as ExecutorEvent
 from hypha.scheduler.data.slices import Assignment, TrackerState
 from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
-
-# --- in -----------------------------------------------------------------------------------------------
 
 
 class Joined(Struct, frozen=True, tag=True):
@@ -169,8 +159,6 @@ Input = (
     | Disregarded
 )
 
-# --- out ----------------------------------------------------------------------------------------------
-
 
 class Send(Struct, frozen=True, tag=True):
     """Steer the executor of ``kind`` at ``to``; repeated until acknowledged or superseded."""
@@ -246,27 +234,23 @@ class Fail(Struct, frozen=True, tag=True):
 
 
 class FirstTheta(Struct, frozen=True, tag=True):
-    """The hash of theta of round 0, as the parameter server reported it; returned once."""
+    """The hash of theta of round 0, as the parameter server reported it; once in a generation."""
 
     theta: str
 
 
 class KeepSlices(Struct, frozen=True, tag=True):
-    """Make durable who trains on which slice, in this ``generation``."""
+    """Make durable who trains on which slice."""
 
-    generation: int
     tracker: TrackerState
 
 
 class AnswerSlice(Struct, frozen=True, tag=True):
-    """Answer ``caller``: with its slice, but not before version ``kept`` of the slices' state is durable, as
-    a worker may hold only what another scheduler would know of; or with the ``reason`` why there is none.
+    """Answer with the slice, once all that was decided before is carried out, or with the ``reason`` why
+    there is none.
     """
 
-    caller: str
-    seq: int
     slice: Assignment | None = None
-    kept: int = 0
     #: all workers together are to hold half an epoch ahead at most: this one so many slices
     ahead: int = 1
     reason: str = ""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from hypha.backoff import pause_after
 from hypha.errors import ExecutorFailed, HyphaError, JobFailed, ModelError, NotFinite
-from hypha.messages import ExecutorClass, ExecutorError, ExecutorExited
-from hypha.scheduler.rounds.events import Action, Again, Drop, Fail
+from hypha.messages import ExecutorError, ExecutorExited
+from hypha.scheduler.rounds.events import Again, Drop, Fail
 from hypha.scheduler.rounds.policy import CarriedOver
 
 #: losses that were not finite, of several workers or of one, after which a job is given up
@@ -25,6 +25,10 @@ _DIVERGED, _DIVERGED_ALONE = 3, 5
 _LAST_WORDS_S = 10.0
 #: before the first restart, what each further one has to wait longer, and the longest
 _FIRST_PAUSE_S, _PAUSE_GROWTH, _LONGEST_PAUSE_S = 0.2, 4.0, 60.0
+
+
+#: what becomes of a failed training executor
+Decision = Again | Drop | Fail
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ class Failures:
         #: incarnations that take no part any more
         self.over: set[str] = set()
         self.in_a_row = carried.in_a_row
-        self._model = {(peer, kind): message for peer, kind, message in carried.model}
         #: workers whose loss, or update, was not finite, each as often
         self._not_finite = Counter(dict(carried.not_finite))
         #: how often a worker's executor was started again since a round that holds its update
@@ -60,7 +63,6 @@ class Failures:
         """For the next generation."""
         return CarriedOver(
             in_a_row=self.in_a_row,
-            model=tuple((peer, kind, message) for (peer, kind), message in self._model.items()),
             not_finite=tuple(self._not_finite.items()),
             restarts=tuple(self.restarts.items()),
             short_since=short_since,
@@ -71,15 +73,12 @@ class Failures:
     def applied(self, contributors: Iterable[str]) -> None:
         """A round was applied: what failed before was overcome, and those did their part."""
         self.in_a_row = 0
-        self._model.clear()
         self._alike.clear()
         self._not_finite.clear()
         for peer in contributors:
             self.restarts.pop(peer, None)
 
-    def add(
-        self, peer: str, kind: ExecutorClass, message: str, cause: str, others: Collection[str]
-    ) -> HyphaError | None:
+    def add(self, peer: str, message: str, cause: str, others: Collection[str]) -> HyphaError | None:
         """Count one; the error with which the job ends if that was too much. ``others`` are the further
         workers that are in the job now.
 
@@ -96,13 +95,6 @@ class Failures:
             left = len(set(others) - said.keys())
             if said.total() > 1 and (left == 0 or len(said) > max(1, left)):
                 return _of_the_job(cause, message, said.total())
-        if cause == "model":
-            self._model[peer, kind] = message
-            left = len(set(others) - {one for one, _ in self._model})
-            if len(self._model) > max(1, left):
-                return ModelError(
-                    f"the model cannot be used: {message} (said by {len(self._model)} executors)"
-                )
         if cause == "not-finite":
             self._not_finite[peer] += 1
             times = self._not_finite.total()
@@ -120,8 +112,6 @@ class Failures:
             return ExecutorFailed(text) if cause == "exit" else JobFailed(text)
         return None
 
-    # --- training executors ---------------------------------------------------------------------------
-
     def forget(self, peer: str) -> None:
         """Its lease is gone, so there is nothing to be started again."""
         self._failing = {key: one for key, one in self._failing.items() if one.peer != peer}
@@ -133,7 +123,7 @@ class Failures:
         event: ExecutorError | ExecutorExited,
         now: float,
         others: Collection[str],
-    ) -> list[Action]:
+    ) -> Decision | None:
         """An executor of ``peer``, which took part until now, says that it fails, or has ended. ``others``
         are the further workers in the job.
         """
@@ -144,38 +134,35 @@ class Failures:
             # another would say the same, so there is nothing to wait for
             return self._judge(peer, incarnation, event.message, event.kind, others)
         self._failing[incarnation] = _Failing(peer, event, now + _LAST_WORDS_S)
-        return []
+        return None
 
-    def exited(self, incarnation: str, event: ExecutorExited) -> list[Action]:
+    def exited(self, incarnation: str, event: ExecutorExited) -> Decision | None:
         """An executor that is over has ended."""
         failing = self._failing.pop(incarnation, None)
         if failing is None:
-            return []
+            return None
         text = f"{failing.error.message}; {exit_text(event)}"
         return self._judge(failing.peer, incarnation, text, failing.error.kind)
 
-    def advance(self, now: float) -> list[Action]:
+    def overdue(self, now: float) -> list[Decision]:
         """Judge those whose end was not heard of."""
-        actions: list[Action] = []
-        for incarnation, failing in list(self._failing.items()):
-            if now >= failing.until:
-                del self._failing[incarnation]
-                error = failing.error
-                actions += self._judge(failing.peer, incarnation, error.message, error.kind)
-        return actions
+        due = [(key, one) for key, one in self._failing.items() if now >= one.until]
+        for incarnation, _ in due:
+            del self._failing[incarnation]
+        return [self._judge(one.peer, key, one.error.message, one.error.kind) for key, one in due]
 
     def _judge(
         self, peer: str, incarnation: str, message: str, cause: str, others: Collection[str] = ()
-    ) -> list[Action]:
-        error = self.add(peer, "train", message, cause, others)
+    ) -> Decision:
+        error = self.add(peer, message, cause, others)
         if error is not None:
-            return [Fail(error)]
+            return Fail(error)
         if cause == "model" or self.restarts[peer] >= self._most_restarts:
-            return [Drop(peer, "train", message)]
+            return Drop(peer, "train", message)
         self.restarts[peer] += 1
         earlier = self.restarts[peer] - 1
         pause_s = pause_after(earlier, _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_GROWTH)
-        return [Again(peer, message, pause_s, incarnation)]
+        return Again(peer, message, pause_s, incarnation)
 
 
 def _of_the_job(cause: str, message: str, times: int) -> HyphaError:
@@ -186,8 +173,12 @@ def _of_the_job(cause: str, message: str, times: int) -> HyphaError:
 
 
 def _fingerprint(cause: str, message: str) -> str:
-    """What is the same in two messages about one mistake, on two batches: the first line, without numbers."""
-    return cause + re.sub(r"[-+]?\d[\d.,e+-]*", "#", message.partition("\n")[0])
+    """What is the same in two messages about one mistake: of two batches the first line, without numbers; a
+    model is one for all executors.
+    """
+    return (
+        cause if cause == "model" else cause + re.sub(r"[-+]?\d[\d.,e+-]*", "#", message.partition("\n")[0])
+    )
 
 
 def exit_text(event: ExecutorExited) -> str:

@@ -38,7 +38,6 @@ class RoundMachine(ExecutorReports):
         journal: Journal | None = None,
     ) -> None:
         super().__init__(rules, start, tracker, scheduler, carried)
-        self._first_theta = ""
         self._journal = journal
         if journal is not None:
             began = events.GenerationBegan(rules, start, tracker.to_state(), scheduler, carried)
@@ -46,28 +45,22 @@ class RoundMachine(ExecutorReports):
 
     def handle(self, event: events.Input, now: float) -> list[Action]:
         """What is to be done about ``event``; never raises for what a peer said."""
-        actions = self._apply(event, now)
-        if self._journal is not None:
-            self._journal.note(NAME, now, event, actions, self.summary())
-            if self._journal.checked:
-                self.validate()
-        return actions
-
-    def _apply(self, event: events.Input, now: float) -> list[Action]:
+        self.decided = []
         if isinstance(event, events.SliceAsked):
             # asking moves nothing but slices
-            return self._slice_asked(event)
-        if self.over or self.phase in ("done", "failed"):
-            return []
-        actions = self._react(event, now) + self.advance(now)
-        if self.theta and self.round == 0 and not self._first_theta:
-            self._first_theta = self.theta
-            actions.append(events.FirstTheta(self.theta))
-        if isinstance(event, events.TimePassed) and self.tracker.version != self.kept and not self.over:
-            actions.append(self.keep_slices())
-        return actions
+            self._slice_asked(event)
+        elif not self.over and self.phase not in ("done", "failed"):
+            self._react(event, now)
+            self._advance(now)
+            if isinstance(event, events.TimePassed) and self.tracker.version != self.kept and not self.over:
+                self.keep_slices()
+        if self._journal is not None:
+            self._journal.note(NAME, now, event, self.decided, self.summary())
+            if self._journal.checked:
+                self.validate()
+        return self.decided
 
-    def _react(self, event: events.Input, now: float) -> list[Action]:
+    def _react(self, event: events.Input, now: float) -> None:
         match event:
             case events.Joined():
                 self.join(event, now)
@@ -77,29 +70,27 @@ class RoundMachine(ExecutorReports):
             case events.ParticipantLost():
                 if event.kind == "train":
                     self.failures.forget(event.peer)
-                return self.lose(event.peer, event.kind, event.reason)
+                self.lose(event.peer, event.kind, event.reason)
             case events.JobRefused(peer=peer, kind=kind, reason=reason):
                 # a worker that will not do the job is as bad as one that fails at it
                 if kind == "train":
                     self.failures.forget(peer)
-                return self.failed(peer, kind, reason, "refused")
+                self.failed(peer, kind, reason, "refused")
             case events.Unreachable(peer=peer, kind="train"):
                 self.set_absent(peer, True)
             case events.Reachable(peer=peer, kind="train"):
                 self.set_absent(peer, False)
                 if peer in self.members:
                     self.members[peer].expect(now)
-            case events.GoesOn() | events.Unreachable() | events.Reachable():
-                pass
             case events.ParticipantLeaves():
                 self.leaves(event, now)
             case events.Reported():
-                return self.progress_reported(event, now)
+                self.progress_reported(event, now)
             case events.Told():
-                return self.told(event, now)
+                self.told(event, now)
             case events.LeasesHeld():
                 self.leases = event
-                return self.wait_for_leases(now)
+                self._wait_for_leases(now)
             case events.DataServed(served=served):
                 if served and not self.served:
                     for member in self.members.values():
@@ -108,48 +99,43 @@ class RoundMachine(ExecutorReports):
             case events.Disregarded(what=what):
                 self.counts[what] += 1
             case events.TimePassed():
-                return self.wait_for_leases(now)
-            case events.SliceAsked():
-                pass
-        return []
+                self._wait_for_leases(now)
 
-    # --- slices ---------------------------------------------------------------------------------------
-
-    def _slice_asked(self, asked: events.SliceAsked) -> list[Action]:
+    def _slice_asked(self, asked: events.SliceAsked) -> None:
         """The slice for a member's question, or why there is none right now; what changes is kept first."""
-        caller, request = asked.caller, asked.request
         got = self.next_slice(asked)
         if not isinstance(got, Assignment):
-            return [events.AnswerSlice(caller, request.seq, reason=got)]
-        answer = events.AnswerSlice(caller, request.seq, got, self.tracker.version, self.ahead)
-        return [self.keep_slices(), answer] if self.tracker.version != self.kept else [answer]
+            self.decide(events.AnswerSlice(reason=got))
+            return
+        if self.tracker.version != self.kept:
+            self.keep_slices()
+        self.decide(events.AnswerSlice(got, self.ahead))
 
-    # --- phases ---------------------------------------------------------------------------------------
-
-    def advance(self, now: float) -> list[Action]:
+    def _advance(self, now: float) -> None:
         """What time, or the sum of what was said, asks for."""
         if self.over or self.phase in ("exporting", "done", "failed"):
-            return []
-        actions = self.judged(self.failures.advance(now))
+            return
+        for judged in self.failures.overdue(now):
+            self.decide(judged)
         members = self.members.values()
         for member, why in [*stuck(members, self.rules, now), *never_loaded(members, self.rules, now)]:
             if self.phase != "failed":
-                actions += self.failed(member.peer, "train", why, "overdue")
-        actions += self._see_off(now)
+                self.failed(member.peer, "train", why, "overdue")
+        self._see_off(now)
         if self.over:
-            return actions
+            return
         if self.phase == "loading" and self._may_begin(now):
             self.broadcast = self.holders()
-            actions += [*self.tell_members(), *self.open_round(now)]
+            self.tell_members()
+            self.open_round(now)
         if self.phase in OPEN and not self.participants and not self.updates.accepted and self.loaded:
             self.broadcast = frozenset()
-            actions += self.open_round(now, again=True)
+            self.open_round(now, again=True)
         if self.phase in OPEN:
-            actions += self._plan(now)
-            actions += self.tell_limits()
-            actions += self._resend(now)
-            actions += self._close(now)
-        return actions
+            self._plan(now)
+            self.tell_limits()
+            self._resend(now)
+            self._close(now)
 
     def _may_begin(self, now: float) -> bool:
         """With all workers that are wanted; with fewer only when the others do not come soon. A round that an
@@ -162,11 +148,10 @@ class RoundMachine(ExecutorReports):
         everybody = len(self.present) >= self.rules.workers or self.start.taken_over
         return self.server_ready and (everybody or now >= self.enough_since + self.rules.start_grace_s)
 
-    def _see_off(self, now: float) -> list[Action]:
+    def _see_off(self, now: float) -> None:
         """Whoever leaves and has nothing more to contribute is let go; a parameter server that leaves saves
         what it holds, and goes when another worker is there for it.
         """
-        actions: list[Action] = []
         for member in list(self.members.values()):
             if member.leaves is None or member.absent:
                 continue
@@ -174,18 +159,17 @@ class RoundMachine(ExecutorReports):
             under_way = not member.accepted and (trains or member.fixed)
             last = member.accepted and member.early
             if last or not (under_way or member.can_begin(now)):
-                actions += self.let_go(member.peer, "train", "its worker leaves")
+                self.let_go(member.peer, "train")
         server, held = self.server, self.leases
         if self.server_leaves is None or server is None or self.phase not in OPEN:
-            return actions
+            return
         if self.saving < self.round:
             self.saving = self.round
-            actions += self.to_server(SaveCheckpoint(round=self.round))
+            self.to_server(SaveCheckpoint(round=self.round))
         if self.saved == self.round and held is not None and held.aggregate > 1 and not self.hurried:
-            actions += self.let_go(server.peer, "aggregate", "its worker leaves")
-        return actions
+            self.let_go(server.peer, "aggregate")
 
-    def _plan(self, now: float) -> list[Action]:
+    def _plan(self, now: float) -> None:
         accepted = self.updates.stayed
         members = [one for one in self.participants if not (one.accepted or one.absent)]
         for member in members:
@@ -200,40 +184,35 @@ class RoundMachine(ExecutorReports):
             changed.pop(member.peer, None)
             if member.plan != member.last:
                 changed[member.peer] = member.last
-        actions: list[Action] = []
         for peer, batches in changed.items():
             member = self.members[peer]
             member.set_plan(batches, now, self.round)
-            actions.append(events.Send(member.ref, "train", Plan(round=self.round, batches=batches)))
+            self.decide(events.Send(member.ref, "train", Plan(round=self.round, batches=batches)))
         if self.phase == "training" and (self.planner.final or accepted):
             self.phase = "scheduled"
         if self.phase == "scheduled" and accepted:
             self.phase = "updating"
-        return actions
 
-    def _resend(self, now: float) -> list[Action]:
+    def _resend(self, now: float) -> None:
         """A theta that did not arrive is sent again, ever more seldom."""
-        actions: list[Action] = []
         for member in self.participants:
             if member.started < self.round and now >= member.resend_at:
                 member.resend_after_s *= 2.0
                 member.resend_at = now + member.resend_after_s
-                actions += self.to_server(SendModel(to=member.ref, attempt=member.attempt))
-        return actions
+                self.to_server(SendModel(to=member.ref, attempt=member.attempt))
 
-    def _close(self, now: float) -> list[Action]:
+    def _close(self, now: float) -> None:
         updates, rules = self.updates, self.rules
         if not updates.accepted:
-            actions: list[Action] = []
             for member, why in given_up(self.participants, rules, self.round, now) if self.served else []:
                 if self.phase in OPEN:
-                    actions += self.failed(member.peer, "train", why, "overdue")
-            return actions
+                    self.failed(member.peer, "train", why, "overdue")
+            return
         if self.paused or not self.loaded:
             updates.quorum_since = None
-            return []
+            return
         if not may_close(updates, self.participants, rules, self.round, now, not self.served):
-            return []
+            return
         self.phase = "closing"
         for member in self.participants:
             begun = member.started == self.round and not (member.accepted or member.absent)
@@ -242,22 +221,20 @@ class RoundMachine(ExecutorReports):
         final = self.round + 1 >= rules.rounds
         due = (self.round + 1) % rules.checkpoint_every == 0
         checkpoint = final or due or self.server_leaves is not None
-        return self.to_server(CloseRound(round=self.round, final=final, checkpoint=checkpoint))
+        self.to_server(CloseRound(round=self.round, final=final, checkpoint=checkpoint))
 
-    def wait_for_leases(self, now: float) -> list[Action]:
+    def _wait_for_leases(self, now: float) -> None:
         """The job ends when there were too few leases for longer than it wants to wait."""
         held, wait_s = self.leases, self.rules.wait_s
         if held is None:
-            return []
+            return
         if held.train >= self.rules.min_workers and held.aggregate:
             self.short_since = None
-            return []
+            return
         self.short_since = now if self.short_since is None else self.short_since
-        if wait_s is None or now - self.short_since < wait_s:
-            return []
-        self.phase = "failed"
-        advice = "start more workers, ask for less or raise price.max"
-        return [events.Fail(AllocationFailed(f"after {wait_s:g} s still {held.missing}; {advice}"))]
+        if wait_s is not None and now - self.short_since >= wait_s:
+            advice = "start more workers, ask for less or raise price.max"
+            self.decide(events.Fail(AllocationFailed(f"after {wait_s:g} s still {held.missing}; {advice}")))
 
     def validate(self) -> None:
         """Assert what always holds between two events. For tests and simulation."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from hypha.config.job import JobConfig
-from hypha.messages import ExecutorClass, JobStamp, OuterOptimizer
+from hypha.messages import JobStamp, OuterOptimizer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,6 @@ class CarriedOver(Struct, frozen=True):
     """
 
     in_a_row: int = 0
-    model: tuple[tuple[str, ExecutorClass, str], ...] = ()
     not_finite: tuple[tuple[str, int], ...] = ()
     restarts: tuple[tuple[str, int], ...] = ()
     short_since: float | None = None

@@ -19,18 +19,9 @@ from hypha.messages import (
     UpdateRefused,
     UpdateSent,
 )
+from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.closing import PATIENCE, STALLED, RoundContributions
-from hypha.scheduler.rounds.events import (
-    Action,
-    Checkpointed,
-    Drop,
-    LetGo,
-    Publish,
-    Record,
-    Reported,
-    Told,
-    with_early,
-)
+from hypha.scheduler.rounds.events import Told
 from hypha.scheduler.rounds.failures import exit_text
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.rounds.planning import Planner
@@ -46,18 +37,20 @@ _MOST_GONE = 100
 class ExecutorReports(RoundState):
     """The part of the round machine that takes what executors report."""
 
-    def told(self, told: Told, now: float) -> list[Action]:
+    def told(self, told: Told, now: float) -> None:
         stamp = told.stamp
         server = self.server is not None and told.sender == self.server.peer
         member = self.members.get(told.sender)
         if (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
             self.counts["stale generation"] += 1
         elif told.kind == "aggregate" and server:
-            return self.server_told(told, now)
+            self._server_told(told, now)
         elif told.kind == "train" and told.incarnation in self.failures.over:
             self.counts["stale incarnation"] += 1
             if isinstance(told.event, ExecutorExited):
-                return self.judged(self.failures.exited(told.incarnation, told.event))
+                judged = self.failures.exited(told.incarnation, told.event)
+                if judged is not None:
+                    self.decide(judged)
         elif told.kind == "aggregate" or member is None:
             self.counts["uninvited"] += 1
         elif member.incarnation and told.incarnation != member.incarnation:
@@ -65,10 +58,9 @@ class ExecutorReports(RoundState):
         else:
             member.incarnation = told.incarnation
             self.set_absent(member.peer, False)
-            return self.worker_told(member, told, now)
-        return []
+            self._worker_told(member, told, now)
 
-    def open_round(self, now: float, again: bool = False) -> list[Action]:
+    def open_round(self, now: float, again: bool = False) -> None:
         """Everybody loaded takes part; who was not in the parameter server's broadcast is sent theta.
 
         ``again``: the same round, as no update counts; whose was refused begins it anew.
@@ -78,7 +70,6 @@ class ExecutorReports(RoundState):
         self.updates = RoundContributions(now)
         self.planner = Planner(self.rules.samples, self.rules.inner_steps, now)
         self.limits = {}
-        actions: list[Action] = []
         for member in self.members.values():
             # of who has an update in the last round, and has not said in this generation that it is loaded,
             # too
@@ -88,133 +79,126 @@ class ExecutorReports(RoundState):
             if member.peer in self.broadcast:
                 member.enter(now)
             else:
-                actions += self.send_model(member, now)
+                self.send_model(member, now)
         early, self.early = self.early, []
         # of a round that was closed already, what was said of it comes first
         for told in sorted(early, key=lambda told: isinstance(told.event, RoundApplied)):
-            actions += self.told(told, now)
-        return actions
+            self.told(told, now)
 
-    def _ignored(self, why: str) -> list[Action]:
-        self.counts[why] += 1
-        return []
-
-    # --- the parameter server -----------------------------------------------------------------------
-
-    def server_told(self, told: Told, now: float) -> list[Action]:
+    def _server_told(self, told: Told, now: float) -> None:
         event = told.event
         match event:
             case ModelReady():
-                return self._model_ready(event)
+                self._model_ready(event)
             case UpdateReceived():
-                return self._update_received(told, event, now)
+                self._update_received(told, event, now)
             case UpdateRefused():
-                return self._update_refused(event)
-            case RoundApplied() if self.start.taken_over and self.is_early(event.round):
-                self.early = with_early(self.early, told)
-                return []
+                self._update_refused(event)
             case RoundApplied():
-                return self._round_applied(told, event, now)
+                self._round_applied(told, event, now)
             case CheckpointSaved():
                 self.saved = max(self.saved, event.round)
-                return [Checkpointed(event.round, event.place)]
+                self.decide(events.Checkpointed(event.round, event.place))
             case Exported() if self.phase == "exporting":
                 self.phase = "done"
-                return [Publish(event.files)]
+                self.decide(events.Publish(event.files))
             case ExecutorError(kind="checkpoint") if self.phase == "loading" and self.start.round:
                 # no fault of its worker
-                return self.restart(event.message, unusable=True)
+                self.restart(event.message, unusable=True)
             case ExecutorError():
-                return self.failed(told.sender, "aggregate", event.message, event.kind)
+                self.failed(told.sender, "aggregate", event.message, event.kind)
             case ExecutorExited():
-                return self.failed(told.sender, "aggregate", exit_text(event), "exit")
+                self.failed(told.sender, "aggregate", exit_text(event), "exit")
             case _:
-                return self._ignored("foreign event")
+                self.counts["foreign event"] += 1
 
-    def _model_ready(self, event: ModelReady) -> list[Action]:
+    def _model_ready(self, event: ModelReady) -> None:
         server = self.server
         if self.server_ready or server is None or self.phase != "loading":
-            return self._ignored("stale round")
+            self.counts["stale round"] += 1
+            return
         if event.round == self.round + 1 and self.start.taken_over and self.round == self.start.round:
             # the scheduler before this one had closed the round; RoundApplied says with what
             self.theta, self.server_at = self.start.theta, event.round
-            return []
+            return
         if event.round != self.round:
             text = f"the parameter server is at round {event.round}, not {self.round}"
-            return self.failed(server.peer, "aggregate", text, "internal")
+            self.failed(server.peer, "aggregate", text, "internal")
+            return
         if self.start.theta and event.theta != self.start.theta:
             text = f"the parameter server restored another theta than that of round {self.round}"
-            return self.failed(server.peer, "aggregate", text, "data")
+            self.failed(server.peer, "aggregate", text, "data")
+            return
         for note in event.notes:
             logger.warning("The model: %s", note, extra={"job_id": self.start.job_id})
         self.theta, self.server_at = event.theta, event.round
+        if self.round == 0:
+            self.decide(events.FirstTheta(event.theta))
         self.early = [told for told in self.early if told.stamp.round <= self.round]
         if self.round >= self.rules.rounds:
-            self.phase = "exporting"
-            return self.to_server(Export(to=self.scheduler))
-        return []
+            self._export()
 
-    def _update_received(self, told: Told, event: UpdateReceived, now: float) -> list[Action]:
+    def _export(self) -> None:
+        self.phase = "exporting"
+        self.to_server(Export(to=self.scheduler))
+
+    def _update_received(self, told: Told, event: UpdateReceived, now: float) -> None:
         if self.is_early(event.round):
-            self.early = with_early(self.early, told)
-            return []
+            self.early = events.with_early(self.early, told)
+            return
         if event.round != self.round or self.phase not in (*OPEN, "closing"):
-            return self._ignored("stale round")
+            self.counts["stale round"] += 1
+            return
         worker, accepted = event.worker, self.updates.accepted
         if worker not in self.members and len(accepted) >= len(self.members) + _MOST_GONE:
-            return self._ignored("uninvited")
-        if problem := self.claim_problem(worker, event.contribution):
+            self.counts["uninvited"] += 1
+            return
+        part = event.contribution
+        problem = self.claim_problem(worker, part)
+        if problem or part is None:
             self.counts["wrong contribution"] += 1
             text = f"the parameter server accepted an update that cannot be what it states: {problem}"
-            return self.failed(told.sender, "aggregate", text, "claims")
-        if event.contribution is not None:
-            self.updates.accept(event.contribution)
+            self.failed(told.sender, "aggregate", text, "claims")
+            return
+        self.updates.accept(part)
         member = self.members.get(worker)
         if member is not None:
             member.overtake(self.round)
             member.accept(now)
             if member.early:
                 self.updates.departed.add(member.peer)
-        return self._applied_before(now)
+        for one in self.early:
+            # the round was reported as applied before the last of its updates was
+            if isinstance(one.event, RoundApplied) and one.event.round == self.round:
+                self.early = [other for other in self.early if other is not one]
+                self._round_applied(one, one.event, now)
+                return
 
-    def _applied_before(self, now: float) -> list[Action]:
-        """What follows when the round was reported as applied before the last of its updates was."""
-        for told in self.early:
-            if isinstance(told.event, RoundApplied) and told.event.round == self.round:
-                self.early = [one for one in self.early if one is not told]
-                return self._round_applied(told, told.event, now)
-        return []
-
-    def _update_refused(self, event: UpdateRefused) -> list[Action]:
+    def _update_refused(self, event: UpdateRefused) -> None:
         code = event.code if event.code in REFUSALS else "another code"
         self.counts[f"update refused: {code}"] += 1
         member = self.members.get(event.worker)
         # of a stale one, what was applied tells the rest: it may be a second copy of one that counts
         settled = event.code in ("duplicate", "stale")
         if member is None or event.round != self.round or settled or member.accepted:
-            return []
+            return
         text = "An update was refused (%s): %s; its worker starts over"
         self.log(logging.WARNING, member.peer, text, event.code, event.reason)
         member.refused += 1
         if member.refused >= PATIENCE:
-            why = f"its updates are refused: {event.reason}"
-            return self.failed(member.peer, "train", why, event.code)
-        self.leave_out(member)
-        return []
+            self.failed(member.peer, "train", f"its updates are refused: {event.reason}", event.code)
+        else:
+            self.leave_out(member)
 
-    def _round_applied(self, told: Told, event: RoundApplied, now: float) -> list[Action]:
-        if event.round != self.round or self.phase not in (*OPEN, "closing"):
-            return self._ignored("stale round")
-        for part in event.contributions:
-            # of a parameter server of an earlier version, to a scheduler that takes over
-            if problem := self.claim_problem(part.worker, part):
-                text = f"the parameter server applied an update that cannot be what it states: {problem}"
-                return self.failed(told.sender, "aggregate", text, "claims")
-            self.updates.accept(part)
-        if not self.updates.accepted.keys() >= set(event.contributors):
+    def _round_applied(self, told: Told, event: RoundApplied, now: float) -> None:
+        early = self.start.taken_over and self.is_early(event.round)
+        if not early and (event.round != self.round or self.phase not in (*OPEN, "closing")):
+            self.counts["stale round"] += 1
+            return
+        if early or not self.updates.accepted.keys() >= set(event.contributors):
             # it overtook the report of an update, without which the ledger would lack what is in the mean
-            self.early = with_early(self.early, told)
-            return []
+            self.early = events.with_early(self.early, told)
+            return
         entry = self.updates.entry(event, self.start.generation, now)
         for part in entry.contributors:
             foreign = self.tracker.finish(part.worker, part.finished)
@@ -224,7 +208,7 @@ class ExecutorReports(RoundState):
                 self.members[part.worker].total_samples += part.samples
         for worker in self.updates.accepted.keys() - set(event.contributors):
             self.tracker.give_back(worker, self.updates.finished(worker))
-        drops: list[Action] = []
+        begun = len(self.decided)
         for member in list(self.participants):
             if member.peer not in event.contributors:
                 member.stalled += member.overdue
@@ -234,58 +218,57 @@ class ExecutorReports(RoundState):
                     text = f"left out of {member.missed} rounds in a row"
                     if member.stalled >= STALLED:
                         text = f"it began {member.stalled} rounds in a row, and sent no update in time"
-                    drops += [Drop(member.peer, "train", text), *self.lose(member.peer, "train", text)]
+                    self.drop(member.peer, "train", text)
         self.failures.applied(event.contributors)
         self.round, self.theta = self.round + 1, event.theta
         # the ledger has them with the round
         self.kept = self.tracker.version
-        actions: list[Action] = [Record(entry, self.tracker.to_state(), self.steps), *drops]
+        # the record is to hold what those who are dropped give back, and comes before that they are
+        self.decided.insert(begun, events.Record(entry, self.tracker.to_state(), self.steps))
         if self.round >= self.rules.rounds:
-            self.phase = "exporting"
-            return [*actions, *self.to_server(Export(to=self.scheduler))]
-        self.broadcast |= self.holders()
-        return actions + self.open_round(now)
+            self._export()
+        else:
+            self.broadcast |= self.holders()
+            self.open_round(now)
 
-    # --- training executors -----------------------------------------------------------------------
-
-    def worker_told(self, member: Member, told: Told, now: float) -> list[Action]:
+    def _worker_told(self, member: Member, told: Told, now: float) -> None:
         event = told.event
         match event:
             case Loaded():
-                return self._worker_loaded(member, now)
+                self._worker_loaded(member, now)
             case RoundStarted():
-                return self._round_started(member, told, event, now)
+                self._round_started(member, told, event, now)
             case UpdateSent():
                 # the parameter server reports it when it has added it
-                return []
+                pass
             case ExecutorError() | ExecutorExited():
                 # the others do its part from now on, whatever becomes of it
-                gone = self.lose(member.peer, "train", "its executor failed")
+                others = [one for one in self.members if one != member.peer]
                 if self.phase == "exporting":
-                    return gone  # nobody needs it any more
-                if member.leaves is not None:
+                    pass  # nobody needs it any more
+                elif member.leaves is not None:
                     text = "its worker leaves, and its executor has ended"
-                    return [LetGo(member.peer, "train", text), *gone]
-                failed = self.failures.failed(member.peer, told.incarnation, event, now, tuple(self.members))
-                return [*self.judged(failed), *gone]
+                    self.decide(events.LetGo(member.peer, "train", text))
+                elif judged := self.failures.failed(member.peer, told.incarnation, event, now, others):
+                    self.decide(judged)
+                self.lose(member.peer, "train", "its executor failed")
             case _:
-                return self._ignored("foreign event")
+                self.counts["foreign event"] += 1
 
-    def _worker_loaded(self, member: Member, now: float) -> list[Action]:
+    def _worker_loaded(self, member: Member, now: float) -> None:
         if member.loaded:
-            return []
+            return
         member.loaded, member.load_s = True, now - member.joined_at
-        if self.phase not in (*OPEN, "closing"):
-            return []
-        # past Training, or if an earlier generation's update is in, it gets the next theta with everybody
-        # else
-        now_or_next = self.phase == "training" and member.peer not in self.updates.accepted
-        join = self.send_model(member, now) if now_or_next else []
-        return [*self.tell_members(), *join]
+        if self.phase in (*OPEN, "closing"):
+            self.tell_members()
+            # past Training, or if an earlier generation's update is in, it gets the next theta with everybody
+            # else
+            if self.phase == "training" and member.peer not in self.updates.accepted:
+                self.send_model(member, now)
 
-    def _round_started(self, member: Member, told: Told, event: RoundStarted, now: float) -> list[Action]:
+    def _round_started(self, member: Member, told: Told, event: RoundStarted, now: float) -> None:
         if self.is_early(event.round):
-            self.early = with_early(self.early, told)
+            self.early = events.with_early(self.early, told)
         elif event.round != self.round or not member.in_round:
             self.counts["stale round"] += 1
         elif event.attempt < member.attempt:
@@ -294,20 +277,20 @@ class ExecutorReports(RoundState):
             self.counts["wrong theta"] += 1
             text = "A worker started round %d from another theta; it is sent the right one"
             self.log(logging.ERROR, member.peer, text, self.round)
-            return self.send_model(member, now)
+            self.send_model(member, now)
         elif not member.fixed and not (member.started == self.round and member.batches):
             size = member.batch_size if event.batch_size is None else event.batch_size
             if size != member.batch_size and not 0 < size <= (self.rules.most_batch_size or 0):
-                return self._impossible(member, f"its batches have {size} samples")
+                self._impossible(member, f"its batches have {size} samples")
+                return
             # a higher one is from an earlier generation
             member.attempt = event.attempt
             if size != member.batch_size:
                 member.resize(size)
             member.start(self.round, now)
             self.planner.upset()
-        return []
 
-    def progress_reported(self, event: Reported, now: float) -> list[Action]:
+    def progress_reported(self, event: events.Reported, now: float) -> None:
         member, stamp, report = self.members.get(event.sender), event.stamp, event.progress
         if member is None or stamp.job_id != self.start.job_id:
             self.counts["uninvited"] += 1
@@ -321,14 +304,12 @@ class ExecutorReports(RoundState):
             self.counts["old or impossible counts"] += 1
             if taken is None and not member.left_out:
                 text = f"{report.samples} samples in {report.batches} batches of round {self.round}"
-                return self._impossible(member, f"it reports {text}")
-        return []
+                self._impossible(member, f"it reports {text}")
 
-    def _impossible(self, member: Member, what: str) -> list[Action]:
+    def _impossible(self, member: Member, what: str) -> None:
         """What a worker says of itself cannot be; who goes on like that is replaced."""
         member.impossible += 1
         text = "A worker states what cannot be (%s); it is not believed"
         self.log(logging.WARNING, member.peer, text, what)
-        if member.impossible < PATIENCE:
-            return []
-        return self.failed(member.peer, "train", f"it states what cannot be: {what}", "claims")
+        if member.impossible >= PATIENCE:
+            self.failed(member.peer, "train", f"it states what cannot be: {what}", "claims")

@@ -11,32 +11,12 @@ import math
 from collections import Counter
 from typing import Literal
 
-from hypha.messages import (
-    Contribution,
-    Directive,
-    ExecutorClass,
-    Members,
-    PeerRef,
-    RoundStarted,
-    SendModel,
-)
+from hypha.messages import Contribution, Directive, ExecutorClass, Members, PeerRef, RoundStarted, SendModel
 from hypha.rules.contributions import contribution_problem
 from hypha.scheduler.data.slices import Assignment, SliceTracker
+from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.closing import RoundContributions
-from hypha.scheduler.rounds.events import (
-    Action,
-    Drop,
-    Fail,
-    Joined,
-    KeepSlices,
-    LeasesHeld,
-    LetGo,
-    ParticipantLeaves,
-    Restart,
-    Send,
-    SliceAsked,
-    Told,
-)
+from hypha.scheduler.rounds.events import Action, Told
 from hypha.scheduler.rounds.failures import Failures
 from hypha.scheduler.rounds.participants import Leave, Member
 from hypha.scheduler.rounds.planning import Planner
@@ -58,13 +38,16 @@ _OUTER_STEP_S = 1.0
 
 
 class RoundState:
-    """One generation of a job. ``counts`` counts what was ignored or refused, by reason."""
+    """One generation of a job. ``counts`` counts what was ignored or refused, by reason. Whatever handles an
+    event adds what it decides to ``decided``.
+    """
 
     def __init__(
         self, rules: Rules, start: Start, tracker: SliceTracker, scheduler: PeerRef, carried: CarriedOver
     ) -> None:
         self.rules = rules
         self.start = start
+        self.decided: list[Action] = []
         self.tracker = tracker
         self.scheduler = scheduler
         self.failures = Failures(rules.max_failures, rules.executor_restarts, carried)
@@ -87,7 +70,7 @@ class RoundState:
         #: whether any data node serves the dataset
         self.served = True
         #: as was said last
-        self.leases: LeasesHeld | None = None
+        self.leases: events.LeasesHeld | None = None
         self.short_since = carried.short_since
         #: whose executors had it in the generation before; those of others may load it for as long as it
         #: takes
@@ -138,9 +121,7 @@ class RoundState:
         spent_s = min(_OUTER_STEP_S, (leaves.at - leaves.since) / 4.0)
         return Leave(leaves.at - spent_s, leaves.since)
 
-    # --- who is here ----------------------------------------------------------------------------------
-
-    def join(self, event: Joined, now: float) -> None:
+    def join(self, event: events.Joined, now: float) -> None:
         """An executor was started."""
         if event.kind == "aggregate":
             self.server, self.server_at, self.server_leaves = event.ref, None, None
@@ -151,23 +132,24 @@ class RoundState:
             self.members[event.ref.peer].told_at = None
             self.members[event.ref.peer].joined_at = now
 
-    def lose(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+    def lose(self, peer: str, kind: ExecutorClass, reason: str) -> None:
         """An executor takes part no more."""
         if kind == "aggregate":
-            if self.server is None or self.server.peer != peer:
-                return []
-            return self.restart(reason)
+            if self.server is not None and self.server.peer == peer:
+                self.restart(reason)
+            return
         # it may hold slices of an earlier generation
         self.tracker.forget(peer, keep=self.updates.finished(peer))
         member = self.members.pop(peer, None)
         if member is None:
-            return []
+            return
         if member.incarnation:
             self.failures.over.add(member.incarnation)
         self.planner.upset()
-        return self.tell_members() if member.loaded else []
+        if member.loaded:
+            self.tell_members()
 
-    def leaves(self, event: ParticipantLeaves, now: float) -> None:
+    def leaves(self, event: events.ParticipantLeaves, now: float) -> None:
         """Its worker ends soon: what it has trained by then is to count, and the others share the rest."""
         server = self.server is not None and self.server.peer == event.peer
         member = self.members.get(event.peer)
@@ -180,9 +162,11 @@ class RoundState:
             since = now if member.leaves is None else member.leaves.since
             member.leaves = Leave(now + event.left_s, since)
 
-    def let_go(self, peer: str, kind: ExecutorClass, reason: str) -> list[Action]:
+    def let_go(self, peer: str, kind: ExecutorClass) -> None:
         """It ends soon, and nothing more can come of it."""
-        return [LetGo(peer, kind, reason), *self.lose(peer, kind, reason)]
+        reason = "its worker leaves"
+        self.decide(events.LetGo(peer, kind, reason))
+        self.lose(peer, kind, reason)
 
     def set_absent(self, peer: str, absent: bool) -> None:
         """The others share its part of the open round while it is away."""
@@ -200,35 +184,36 @@ class RoundState:
         self.tracker.lose(member.peer)
         self.planner.upset()
 
-    # --- failures and ends ----------------------------------------------------------------------------
+    def decide(self, action: Action) -> None:
+        """What ends the job is the machine's end, too."""
+        if isinstance(action, events.Fail):
+            self.phase = "failed"
+        self.decided.append(action)
 
-    def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> list[Action]:
+    def failed(self, peer: str, kind: ExecutorClass, message: str, cause: str) -> None:
         """Release it, replace it; give the job up when that happened too often."""
         # of parameter servers there is one at a time, perhaps on the same machine again
         others = [] if kind == "aggregate" else [one for one in self.members if one != peer]
-        error = self.failures.add(peer, kind, message, cause, others)
+        error = self.failures.add(peer, message, cause, others)
         if error is not None:
-            self.phase = "failed"
-            return [Fail(error)]
-        return [Drop(peer, kind, message), *self.lose(peer, kind, message)]
+            self.decide(events.Fail(error))
+        else:
+            self.drop(peer, kind, message)
 
-    def judged(self, actions: list[Action]) -> list[Action]:
-        """What :class:`Failures` decided: where that is the job's end, it is the machine's too."""
-        if any(isinstance(action, Fail) for action in actions):
-            self.phase = "failed"
-        return actions
+    def drop(self, peer: str, kind: ExecutorClass, reason: str) -> None:
+        """Release it, and replace it."""
+        self.decide(events.Drop(peer, kind, reason))
+        self.lose(peer, kind, reason)
 
-    def restart(self, reason: str, unusable: bool = False) -> list[Action]:
+    def restart(self, reason: str, unusable: bool = False) -> None:
         """The parameter server is gone: this generation ends, and what is known of slices is kept for the
         next.
         """
         self.server, self.server_at = None, None
         self.over = True
         had_model = [one.peer for one in self.members.values() if one.loaded or one.told_at is not None]
-        restart = Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model))
-        return [self.keep_slices(), restart]
-
-    # --- what was said --------------------------------------------------------------------------------
+        self.keep_slices()
+        self.decide(events.Restart(reason, unusable, self.failures.hand_on(self.short_since, had_model)))
 
     def is_early(self, round_: int) -> bool:
         """Is what was said of ``round_`` to be taken up when that is opened here? While a round is closing
@@ -273,13 +258,14 @@ class RoundState:
         most = self.rules.most_batch_size
         return contribution_problem(part, size, self.tracker.samples, most)
 
-    # --- slices ---------------------------------------------------------------------------------------
-
-    def next_slice(self, asked: SliceAsked) -> Assignment | str:
+    def next_slice(self, asked: events.SliceAsked) -> Assignment | str:
         """The next slice of whoever asks, or why there is none right now."""
         caller, request = asked.caller, asked.request
         member, stamp = self.members.get(caller), request.stamp
-        if member is None or (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
+        if (stamp.job_id, stamp.generation) != (self.start.job_id, self.start.generation):
+            self.counts["stale generation"] += 1
+            return "the job has begun another generation"
+        if member is None:
             self.counts["uninvited"] += 1
             return "you take no part in this generation of the job"
         if self.over:
@@ -323,22 +309,20 @@ class RoundState:
         target = max(self.rules.samples, (self.rules.inner_steps or 0) * member.multiple * member.batch_size)
         return member.may_hold(min(self.ahead, _MOST_AHEAD), target, self.tracker.most_rows, whole)
 
-    def keep_slices(self) -> KeepSlices:
+    def keep_slices(self) -> None:
         self.kept = self.tracker.version
-        return KeepSlices(self.start.generation, self.tracker.to_state())
+        self.decide(events.KeepSlices(self.tracker.to_state()))
 
-    # --- what is said ---------------------------------------------------------------------------------
-
-    def send_model(self, member: Member, now: float) -> list[Action]:
+    def send_model(self, member: Member, now: float) -> None:
         """Theta of the open round for ``member``, which begins it."""
         member.enter(now)
         self.planner.upset()
-        return self.to_server(SendModel(to=member.ref, attempt=member.attempt))
+        self.to_server(SendModel(to=member.ref, attempt=member.attempt))
 
-    def tell_members(self) -> list[Action]:
+    def tell_members(self) -> None:
         """Whom the parameter server is to let in."""
         if not self.server_ready:
-            return []
+            return
         peers = tuple(member.ref for member in self.loaded)
         sizes = {member.peer: member.batch_size for member in self.loaded}
         most = self.rules.most_batch_size
@@ -352,14 +336,14 @@ class RoundState:
             batch_sizes=sizes,
             most_batch_size=most,
         )
-        return self.to_server(told)
+        self.to_server(told)
 
     @property
     def open_before(self) -> bool:
         """An earlier generation has begun the open round, so that there may be updates by plans of that."""
         return self.start.generation > 0 and self.round == self.start.round
 
-    def tell_limits(self) -> list[Action]:
+    def tell_limits(self) -> None:
         """For how many samples updates may stand, once somebody's may stand for more than was told."""
         more = False
         for member in self.participants:
@@ -370,12 +354,12 @@ class RoundState:
             if most is not None and most > self.limits.get(member.peer, 0):
                 self.limits[member.peer] = most
                 more = True
-        return self.tell_members() if more else []
+        if more:
+            self.tell_members()
 
-    def to_server(self, directive: Directive) -> list[Action]:
-        return [Send(self.server, "aggregate", directive)] if self.server is not None else []
-
-    # --- for people and tests -------------------------------------------------------------------------
+    def to_server(self, directive: Directive) -> None:
+        if self.server is not None:
+            self.decide(events.Send(self.server, "aggregate", directive))
 
     def log(self, level: int, worker: str, text: str, *details: object) -> None:
         """About ``worker``."""

@@ -40,7 +40,7 @@ from hypha.net.peers.addresses import host_and_port
 from hypha.pki.identity import Identity
 from hypha.rules.manifests import manifest_problem
 from hypha.runtime import in_thread
-from hypha.scheduler.data.datasets import Pins
+from hypha.scheduler.data.datasets import why_not_used
 
 PORTS_S, JOIN_S, DATASET_S, RUNNING_S, EXTERNAL_S = 15.0, 10.0, 60.0, 10.0, 15.0
 ASK_S = 10.0
@@ -257,7 +257,7 @@ async def _provider(
         reason = exc.reason if isinstance(exc, Refused) else str(exc)
         return Provider(ref.peer, name_of(ref.peer), reason=readable(reason), refused=refused)
     provider = Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
-    if (problem := Pins.of(wanted).problem(node, ref.peer)) is not None:
+    if (problem := why_not_used(wanted, node, ref.peer)) is not None:
         return replace(provider, reason=f"it {problem}", refused=True)
     if not isinstance(answer, DatasetDescription):
         return replace(provider, reason=f"it answers with {type(answer).__name__}")

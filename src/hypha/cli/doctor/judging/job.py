@@ -19,12 +19,11 @@ from hypha.cli.doctor.gathered import Contact, DatasetObservations, Provider, Ru
 from hypha.cli.doctor.judging.machine import offered_by
 from hypha.config.job import JobConfig
 from hypha.config.models import WorkerConfig
-from hypha.features import OURS, Abilities, needs
+from hypha.features import OURS, Abilities
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.rules.leases import Tick
 from hypha.rules.resources import TOLERANCE
-from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.durable.starts import described
+from hypha.scheduler.descriptions import searches_of
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import Advertise, Decline, Offered, Search, SearchTimes, Want
 from hypha.worker.leasing.arbiter import Arbiter
@@ -215,14 +214,7 @@ def try_offers(
     """For a training executor, and for a parameter server; ``machine`` bounds what the worker offers, where
     it is known, and ``abilities`` are those of its version. Raises ConfigError for a job that is none.
     """
-    train, aggregate = described(job, _SCHEDULER, "job")
-    asks = searches_for(
-        job.resources,
-        job.dataset.dataset,
-        {"train": needs(train), "aggregate": needs(aggregate)},
-        job.rounds.max_batch_size if job.rounds.batch_size is None else 1,
-    )
-    first, second = (_best(worker, job, ask, machine, abilities) for ask in asks)
+    first, second = (_best(worker, job, ask, machine, abilities) for ask in searches_of(job))
     return first, second
 
 
