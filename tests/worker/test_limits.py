@@ -22,7 +22,7 @@ from hypha.worker.limits.cgroups import (
     usable_cgroups,
     usable_v2,
 )
-from hypha.worker.limits.limits import Limits, Means, apply_limits, mechanisms, most_processes
+from hypha.worker.limits.limits import Limits, Means, mechanisms, most_processes
 from hypha.worker.limits.usage import CorePins, Quota
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
@@ -50,26 +50,31 @@ def test_v2_place_and_a_container_that_sees_a_part_of_the_tree() -> None:
 
 
 def test_v2_settings_are_written(tmp_path: Path) -> None:
-    limits = apply_limits(Means("auto", CgroupPlaces(v2=tmp_path)), "hypha-job", Resources(cpu=1.5, memory=2))
+    limits = Limits(Means("auto", CgroupPlaces(v2=tmp_path)), "hypha-job", Resources(cpu=1.5, memory=2))
     group = tmp_path / "hypha-job"
     assert (group / "memory.max").read_text() == "2000000000"
     assert (group / "cpu.max").read_text() == "150000 100000"
-    assert limits.launch_options() == ["--cgroup", str(group / "cgroup.procs")]
-    assert limits.environment["OMP_NUM_THREADS"] == "1"
+    assert options(limits) == ["--cgroup", str(group / "cgroup.procs")]
+    assert limits.environment({})["OMP_NUM_THREADS"] == "1"
     assert "cgroup v2" in limits.description
 
 
 def test_fallbacks() -> None:
     asked = Resources(cpu=2, memory=1)
-    limits = apply_limits(Means("auto", CgroupPlaces()), "x", asked)
+    limits = Limits(Means("auto", CgroupPlaces()), "x", asked)
     assert limits.rlimits == (("RLIMIT_DATA", 10**9),)
-    assert limits.environment["OMP_NUM_THREADS"] == "2"
+    assert limits.environment({})["OMP_NUM_THREADS"] == "2"
     nowhere = CgroupPlaces(v2=Path("/nowhere"))
-    assert apply_limits(Means("auto", nowhere), "x", asked).rlimits == limits.rlimits
-    assert apply_limits(Means("none", CgroupPlaces()), "x", asked).launch_options() == []
-    assert apply_limits(Means("auto", CgroupPlaces()), "x", Resources()).launch_options() == []
+    assert Limits(Means("auto", nowhere), "x", asked).rlimits == limits.rlimits
+    assert options(Limits(Means("none", CgroupPlaces()), "x", asked)) == []
+    assert options(Limits(Means("auto", CgroupPlaces()), "x", Resources())) == []
     with pytest.raises(ConfigError, match="Delegate=yes"):
-        apply_limits(Means("cgroup", CgroupPlaces()), "x", asked)
+        Limits(Means("cgroup", CgroupPlaces()), "x", asked)
+
+
+def options(limits: Limits) -> list[str]:
+    """For the keeper of its executor."""
+    return [*limits.launch(Launch("job", (), {}, Path())).keeper_options]
 
 
 EATS = """
@@ -85,16 +90,16 @@ async def eat(tmp_path: Path, limits: Limits) -> Exit:
         (sys.executable, "-c", textwrap.dedent(EATS)),
         child_environment(),
         tmp_path,
-        limits.launch_options(),
+        options(limits),
     )
     return await run_executor(launch, trio.Event(), 1.0)
 
 
 async def test_rlimit_holds(tmp_path: Path) -> None:
-    ended = await eat(tmp_path, apply_limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=0.2)))
+    ended = await eat(tmp_path, Limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=0.2)))
     assert ended.code == 1
     assert "MemoryError" in ended.tail
-    assert (await eat(tmp_path, Limits("none"))).tail == "ate it all"
+    assert (await eat(tmp_path, Limits(Means("none"), "x", Resources()))).tail == "ate it all"
 
 
 @pytest.mark.real
@@ -102,7 +107,7 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
     places = usable_cgroups()
     if places.v2 is None and "memory" not in places.v1:
         pytest.skip("no writable cgroup with the memory controller here")
-    limits = apply_limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=0.2))
+    limits = Limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=0.2))
     try:
         assert all(group.is_dir() for group in limits.groups)
         ended = await eat(tmp_path, limits)
@@ -111,7 +116,7 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
     finally:
         await limits.remove()
     assert not any(group.exists() for group in limits.groups)
-    roomy = apply_limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=1))
+    roomy = Limits(Means("cgroup", places), f"hypha-test-{os.getpid()}", Resources(cpu=1, memory=1))
     try:
         assert (await eat(tmp_path, roomy)).code == 0
         assert roomy.denied() is None
@@ -137,11 +142,9 @@ async def test_cores_are_shared_as_leased(tmp_path: Path) -> None:
     used = [0.0, 0.0]
 
     async def burn(which: int) -> None:
-        limits = apply_limits(
-            Means("auto", places), f"hypha-{os.getpid()}-{which}", Resources(cpu=leased[which])
-        )
+        limits = Limits(Means("auto", places), f"hypha-{os.getpid()}-{which}", Resources(cpu=leased[which]))
         argv = (sys.executable, "-c", textwrap.dedent(BURNS))
-        launch = Launch("job", argv, child_environment(), tmp_path, limits.launch_options())
+        launch = Launch("job", argv, child_environment(), tmp_path, options(limits))
         try:
             used[which] = float((await run_executor(launch, trio.Event(), 1.0)).tail)
         finally:
@@ -163,14 +166,14 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "pids").mkdir()
     places = CgroupPlaces(tmp_path / "v2", {"pids": tmp_path / "pids"}, frozenset({"memory"}))
     pins = CorePins((3, 4), tmp_path / "cores")
-    limits = apply_limits(Means("auto", places, cores=pins), "hypha-x", Resources(cpu=1, memory=1, storage=2))
+    limits = Limits(Means("auto", places, cores=pins), "hypha-x", Resources(cpu=1, memory=1, storage=2))
     assert sorted(str(group.relative_to(tmp_path)) for group in limits.groups) == [
         "pids/hypha-x",
         "v2/hypha-x",
     ]
     assert (tmp_path / "pids" / "hypha-x" / "pids.max").read_text() == "512"
     assert not (tmp_path / "v2" / "hypha-x" / "cpu.max").exists()
-    assert limits.launch_options()[-2:] == ["--cores", "3"]
+    assert options(limits)[-2:] == ["--cores", "3"]
     assert limits.quota == Quota(disk_bytes=2 * 10**9)
     assert limits.description == (
         "1 GB memory by cgroup v2, 1 cores by affinity (3) and thread counts, 512 processes by cgroup v1, "
@@ -182,13 +185,13 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
     assert said["processes"] == "cgroup v1 (pids.max)"
     assert said["gpus"] == "there are none"
     with pytest.raises(ConfigError, match="Delegate=yes"):
-        apply_limits(Means("cgroup", places), "x", Resources(cpu=1))
+        Limits(Means("cgroup", places), "x", Resources(cpu=1))
 
 
 def test_without_cgroups_processes_are_watched() -> None:
-    limits = apply_limits(Means("auto", CgroupPlaces(), max_processes=7), "x", Resources(cpu=2, memory=1))
+    limits = Limits(Means("auto", CgroupPlaces(), max_processes=7), "x", Resources(cpu=2, memory=1))
     assert limits.quota == Quota(processes=7)
-    assert not apply_limits(Means("auto", CgroupPlaces(), max_processes=0), "x", Resources(cpu=2)).quota
+    assert not Limits(Means("auto", CgroupPlaces(), max_processes=0), "x", Resources(cpu=2)).quota
     said = mechanisms(Means("rlimit", CgroupPlaces(v1={"memory": Path("/nowhere")})), cache_gb=20)
     assert said["memory"] == "RLIMIT_DATA of each process"
     assert said["processes"] == said["disk"] == "watched by the worker every 1 s"
@@ -202,7 +205,8 @@ def test_the_bound_of_processes_grows_with_the_cores() -> None:
 
 
 def test_a_kill_for_want_of_memory_is_told_apart(tmp_path: Path) -> None:
-    limits = Limits("1 GB memory by cgroup v2", groups=(tmp_path,))
+    limits = Limits(Means("none"), "x", Resources())
+    limits.groups = (tmp_path,)
     (tmp_path / "memory.events").write_text("low 0\nhigh 3\nmax 9\noom 0\noom_kill 0\n")
     assert limits.denied() is None
     (tmp_path / "pids.events").write_text("max 4\n")
@@ -237,11 +241,10 @@ def test_cores_are_handed_out_among_all_workers_of_a_machine(tmp_path: Path) -> 
 
 async def test_affinity_holds(tmp_path: Path) -> None:
     core = min(os.sched_getaffinity(0))
-    limits = Limits("", cores=(core,))
+    limits = Limits(Means("none"), "x", Resources())
+    limits.cores = (core,)
     script = "import os; print(sorted(os.sched_getaffinity(0)))"
-    launch = Launch(
-        "job", (sys.executable, "-c", script), child_environment(), tmp_path, limits.launch_options()
-    )
+    launch = Launch("job", (sys.executable, "-c", script), child_environment(), tmp_path, options(limits))
     assert (await run_executor(launch, trio.Event(), 1.0)).tail == f"[{core}]"
 
 

@@ -32,6 +32,7 @@ from hypha.messages import (
     PreprocessorSpec,
     TrainJob,
 )
+from hypha.telemetry.logs import ContextFilter, bind
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
 from hypha.worker.processes.keepers import KEEPER, Launch
@@ -480,7 +481,9 @@ async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
         print("WARNING it is slow", flush=True)
         time.sleep(60)
     """
-    made = replace(launch(tmp_path, script), output_fields=lambda: fields, kind="aggregate")
+    made = replace(launch(tmp_path, script), kind="aggregate")
+    caplog.handler.addFilter(ContextFilter())
+    bind(job_id="job-1", worker_peer_id="W")
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(run_executor, made, stop, 1.0, supervision=supervision))

@@ -30,7 +30,7 @@ from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
 from hypha.processes import keeper
 from hypha.worker.limits.cgroups import CgroupPlaces, usable_cgroups
-from hypha.worker.limits.limits import Limits, Means, apply_limits
+from hypha.worker.limits.limits import Limits, Means
 from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import Exit, Supervision, run_executor
 from hypha.worker.processes.warm import ForkedKeeper, OwnHost, SharedHost, open_host
@@ -226,9 +226,9 @@ async def test_cancelled_nothing_is_left(bridges: Network) -> None:
 
 async def test_resource_limits_hold(bridges: Network) -> None:
     # more than what is shared with the host, which counts as well
-    limits = apply_limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=1))
+    limits = Limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=1))
     script = textwrap.dedent(EATS).replace("range(40)", "range(100)")
-    ended = await run(launch(bridges, script, *limits.launch_options()))
+    ended = await run(limits.launch(launch(bridges, script)))
     assert ended.code, ended.tail
     assert "MemoryError" in ended.tail
     assert "ate it all" in (await run(launch(bridges, EATS + "    import os; os._exit(0)"))).tail
@@ -239,11 +239,9 @@ async def test_cgroups_hold(bridges: Network) -> None:
     places = usable_cgroups()
     if places.v2 is None and "memory" not in places.v1:
         pytest.skip("no writable cgroup with the memory controller here")
-    limits: Limits = apply_limits(
-        Means("cgroup", places), f"hypha-warm-{os.getpid()}", Resources(cpu=1, memory=0.2)
-    )
+    limits = Limits(Means("cgroup", places), f"hypha-warm-{os.getpid()}", Resources(cpu=1, memory=0.2))
     try:
-        ended = await run(launch(bridges, EATS, *limits.launch_options()))
+        ended = await run(limits.launch(launch(bridges, EATS)))
         assert ended.code == -9, ended.tail
         assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
     finally:

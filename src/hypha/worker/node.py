@@ -31,9 +31,9 @@ from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
+from hypha.worker.jobs.execution import run_process
 from hypha.worker.jobs.jobs import Jobs
-from hypha.worker.jobs.starting import ExecutorBackend, run_process
-from hypha.worker.jobs.traffic import ExecutionContext
+from hypha.worker.jobs.traffic import ExecutionContext, RunExecutor
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
@@ -108,11 +108,11 @@ async def run_worker(
                     supervision = Supervision(adopting=alone)
                     opening = open_host(config, child_environment(), supervision.starting)
                     async with opening as supervision.host:
-                        backend = ExecutorBackend(partial(run_process, supervision=supervision), emit_spans)
+                        run = partial(run_process, supervision=supervision)
                         disks = watch_disks({"work_dir": [config.work_dir]})
                         async with disks, watch_machine(lambda: dict(supervision.running)):
                             node.health_details.append(lambda: words)
-                            await serve(config, node, means, backend, task_status=task_status)
+                            await serve(config, node, means, run, emit_spans, task_status=task_status)
 
 
 def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfig, dict[str, str]]:
@@ -171,13 +171,14 @@ async def serve(
     config: WorkerConfig,
     node: Node,
     means: Means,
-    backend: ExecutorBackend,
+    run_executor: RunExecutor,
+    emit_spans: EmitSpans | None = None,
     journal: Journal | None = None,
     *,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Be a worker through ``node``, whose executors ``backend`` runs, until cancelled. ``journal`` is that of
-    its arbiter and its leases.
+    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``emit_spans``
+    exports their spans, ``journal`` is that of its arbiter and its leases.
     """
     bind(worker_peer_id=node.peer_id)
     allowance = Allowance(config.allow, config.exclude_cidr)
@@ -193,7 +194,8 @@ async def serve(
         allowance=allowance,
         connectors=Connectors(allowance, node),
         means=means,
-        backend=backend,
+        run_executor=run_executor,
+        emit_spans=emit_spans,
     )
     arbiter = Arbiter(
         WorkerCapacity(

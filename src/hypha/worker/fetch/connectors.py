@@ -101,12 +101,8 @@ class Connectors:
                 return await self._fetch_resource(peer, reference.resource, directory, job_id, have)
             except NetworkError as exc:
                 failure = exc
-                logger.warning(
-                    "Fetching %s failed: %s",
-                    reference.resource,
-                    exc,
-                    extra={"peer_id": peer.peer, "job_id": job_id},
-                )
+                fields = {"peer_id": peer.peer}
+                logger.warning("Fetching %s failed: %s", reference.resource, exc, extra=fields)
         raise failure
 
     async def _fetch_resource(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import trio
 
@@ -19,15 +20,15 @@ from hypha.rules.leases import Lease
 from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
-from hypha.worker.jobs.starting import EndSignals
+from hypha.worker.bridge.server import BridgeHandlers, bind_bridge, serve_bridge
 from hypha.worker.jobs.traffic import FILES, ExecutionContext, ExecutorTraffic
 from hypha.worker.jobs.watch import keep_watch
 from hypha.worker.limits.gpus import GpuShare
-from hypha.worker.limits.limits import Confined
+from hypha.worker.limits.limits import Limits
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.isolation import isolate
 from hypha.worker.processes.keepers import Launch
-from hypha.worker.processes.process import Exit, prepare_launch
+from hypha.worker.processes.process import Exit, Supervision, prepare_launch, run_executor
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,27 @@ logger = logging.getLogger(__name__)
 FAREWELL_S, FAREWELL_WITHOUT_LEASE_S = 120.0, 10.0
 #: The exit code reported for an executor that could not even be started.
 NOT_STARTED = 126
+
+
+async def run_process(
+    handlers: BridgeHandlers,
+    socket_path: Path,
+    launch: Launch,
+    stop: trio.Event,
+    grace_s: float,
+    kill: trio.Event,
+    *,
+    supervision: Supervision,
+) -> Exit:
+    """Run an executor as a process with its bridge at ``socket_path``. Raises OSError when there can be no
+    socket.
+    """
+    listener = bind_bridge(socket_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve_bridge, handlers, listener)
+        ended = await run_executor(launch, stop, grace_s, kill=kill, supervision=supervision)
+        nursery.cancel_scope.cancel()
+    return ended
 
 
 class Execution:
@@ -46,7 +68,7 @@ class Execution:
         self.lease = lease
         self.job_id, self.kind = job.job_id, job.executor.kind
         self._gpus = gpus
-        self._confined: Confined | None = None
+        self._limits: Limits | None = None
         self._context = context
         self._executor = executor
         self._stop = trio.Event()
@@ -71,7 +93,7 @@ class Execution:
 
     async def run(self, after: trio.Event | None = None) -> None:
         """Start when ``after`` is set, until it is over. Cancelled, it leaves no process and no directory."""
-        bind(**self.traffic.fields, round=lambda: self.traffic.round)
+        bind(**self.traffic.fields, round=lambda: self.traffic.signals.round)
         kept = False
         try:
             if after is not None:
@@ -91,7 +113,7 @@ class Execution:
                     f" Its last output:\n{ended.tail}" if failed else "",
                 )
                 # what filled the disk is no help there
-                excess = None if self._confined is None else self._confined.excess
+                excess = None if self._limits is None else self._limits.excess
                 full = excess is not None and excess.kind == "disk"
                 if failed and self._context.config.keep_failed_jobs and not full:
                     path = await in_thread(self.traffic.directory.keep, ended.tail, limiter=FILES)
@@ -128,35 +150,34 @@ class Execution:
             logger.warning("The executor's end could not be reported to the scheduler.")
 
     async def _run_process(self) -> Exit:
-        confined: Confined | None = None
         try:
-            confined = self._confined = Confined(
+            limits = self._limits = Limits(
                 self._context.means,
                 self.traffic.incarnation,
                 self.lease.resources,
                 self._gpus,
                 self.traffic.directory,
             )
-            logger.info("Starting the executor. Limits: %s.", confined.limits.description)
-            environment = confined.environment(child_environment())
+            logger.info("Starting the executor. Limits: %s.", limits.description)
+            environment = limits.environment(child_environment())
             launch = prepare_launch(self._executor, self.traffic.job, self.traffic.directory, environment)
             if self._executor.runtime == "bwrap":
                 launch = isolate(launch, self._executor, self.traffic.directory, self._context.config)
-            ended = await self._serve_process(confined.launch(launch), confined)
+            ended = await self._serve_process(limits.launch(launch), limits)
             if not (why := self.traffic.watch.verdict):
-                confined.judge(ended.code != 0 and not ended.stopped)
-                why = "" if confined.excess is None else confined.excess.message
+                limits.judge(ended.code != 0 and not ended.stopped)
+                why = "" if limits.excess is None else limits.excess.message
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
         except (HyphaError, OSError) as exc:
             return Exit(
                 code=NOT_STARTED, tail=f"the worker could not start the executor: {exc}", stopped=False
             )
         finally:
-            if confined is not None:
+            if self._limits is not None:
                 with trio.CancelScope(shield=True):
-                    await confined.limits.remove()
+                    await self._limits.remove()
 
-    async def _serve_process(self, launch: Launch, confined: Confined) -> Exit:
+    async def _serve_process(self, launch: Launch, limits: Limits) -> Exit:
         kill = trio.Event()
 
         def exceeded(excess: Excess) -> None:
@@ -171,12 +192,14 @@ class Execution:
                 if self.traffic.slices is not None:
                     nursery.start_soon(self.traffic.slices.run)
                 nursery.start_soon(keep_watch, self.traffic.watch, kill)
-                nursery.start_soon(confined.watch, exceeded)
-                ended = await self._context.backend.run(
+                nursery.start_soon(limits.watch, exceeded)
+                ended = await self._context.run_executor(
                     self.traffic,
                     self.traffic.directory.socket_path,
-                    replace(launch, output_fields=lambda: self.traffic.signals.fields),
-                    EndSignals(self._stop, self._context.config.stop_grace_s, kill),
+                    launch,
+                    self._stop,
+                    self._context.config.stop_grace_s,
+                    kill,
                 )
                 nursery.cancel_scope.cancel()
         return ended

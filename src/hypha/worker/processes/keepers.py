@@ -49,8 +49,6 @@ class Launch:
     kind: ExecutorClass = "train"
     #: below a program that exits with 128 + N of a signal N, as shells do
     isolated: bool = False
-    #: fields of the log entry of each line of its output, as they are when it is written
-    output_fields: Callable[[], Mapping[str, object]] | None = None
     #: gets the keeper's PID once there is a keeper
     on_start: Callable[[int], None] | None = None
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -153,7 +153,6 @@ def _substitute(text: str, values: Mapping[str, str]) -> str:
 class _Output:
     """Cuts output into lines, logs each, keeps the last ones."""
 
-    fields: Callable[[], Mapping[str, object]]
     secrets: tuple[str, ...]
     lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
     _rest: bytes = b""
@@ -177,12 +176,11 @@ class _Output:
         for secret in self.secrets:
             text = text.replace(secret, "***")
         self.lines.append(text)
-        logger.log(_level_of(text), "%s", text, extra=dict(self.fields()))
-
-
-def _level_of(line: str) -> int:
-    """Our own executors begin a line with its level; what goes wrong there is the operator's business."""
-    return {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(line.partition(" ")[0], logging.DEBUG)
+        # our own executors begin a line with its level; what goes wrong there is the operator's business
+        level = {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(
+            text.partition(" ")[0], logging.DEBUG
+        )
+        logger.log(level, "%s", text)
 
 
 class Supervision:
@@ -284,7 +282,7 @@ async def run_executor(
 async def _attend(
     keeper: Keeper, launch: Launch, stop: trio.Event, grace_s: float, kill: trio.Event | None
 ) -> Exit:
-    output = _Output(launch.output_fields or (lambda: {"job_id": launch.job_id}), launch.secrets)
+    output = _Output(launch.secrets)
     drained = trio.Event()
     stopped = False
 

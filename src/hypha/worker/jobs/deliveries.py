@@ -1,0 +1,142 @@
+"""Files on their way from one executor to others, each to all its receivers at a time.
+
+A receiver that cannot be reached is tried again by the transfer itself, for a while. A delivery that nobody
+needs any more (a newer round goes to the same receiver, the receiver left the job) is given up at once, so
+one dead worker does not hold up a round.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from hypha.errors import NetworkError, Refused
+from hypha.messages import Delivery, JobStamp, PeerRef, TransferMeta
+from hypha.node import Transfers
+from hypha.runtime import chance
+from hypha.telemetry.instruments import BROADCAST_DURATION, UPDATE_SEND_DURATION
+
+logger = logging.getLogger("hypha.worker.send")
+
+#: A receiver that fails is tried again for this long after its first failure.
+GIVE_UP_AFTER_S = 60.0
+
+
+class Deliveries:
+    """All deliveries of one executor, by ``transfers``."""
+
+    def __init__(self, transfers: Transfers) -> None:
+        self._transfers = transfers
+        #: in the order in which they were asked for
+        self._running: list[_Delivering] = []
+
+    async def deliver(
+        self,
+        path: Path,
+        meta: TransferMeta,
+        receivers: Sequence[PeerRef],
+        strategy: Literal["all", "random", "one"],
+    ) -> tuple[Delivery, ...]:
+        """``all``: to every receiver, concurrently. ``one`` and ``random``: to one after the other, in
+        order or at random, until one acknowledged.
+        """
+        if strategy == "all":
+            outcomes: dict[str, Delivery] = {}
+
+            async def one(receiver: PeerRef) -> None:
+                outcomes[receiver.peer] = await self._deliver(path, meta, receiver)
+
+            async with trio.open_nursery() as nursery:
+                for receiver in receivers:
+                    nursery.start_soon(one, receiver)
+            return tuple(outcomes[receiver.peer] for receiver in receivers)
+        order = list(receivers)
+        if strategy == "random":
+            chance().shuffle(order)
+        tried = []
+        for receiver in order:
+            tried.append(await self._deliver(path, meta, receiver))
+            if tried[-1].acknowledged:
+                break
+        return tuple(tried)
+
+    def keep_only(self, kind: str, peers: Collection[str]) -> None:
+        """Give up deliveries of ``kind`` to anybody else."""
+        for delivering in self._running:
+            if delivering.meta.kind == kind and delivering.peer not in peers:
+                delivering.give_up("uninvited", "it takes no part in the job any more")
+
+    async def _deliver(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> Delivery:
+        turn = turn_of(meta.stamp)
+        # asked for again because it takes long: a second one would only be in its way
+        while same := [one for one in self._running if (one.meta, one.peer) == (meta, receiver.peer)]:
+            await same[0].ended.wait()
+            if same[0].outcome is not None:
+                return same[0].outcome
+        for other in self._running:
+            if (other.meta.kind, other.peer) == (meta.kind, receiver.peer) and turn_of(
+                other.meta.stamp
+            ) < turn:
+                other.give_up("stale", f"overtaken by round {turn[1]}")
+        delivering = _Delivering(meta, receiver.peer)
+        self._running.append(delivering)
+        began = trio.current_time()
+        try:
+            delivering.outcome = await self._outcome(delivering, path, meta, receiver)
+            _record(meta, receiver, delivering.outcome, trio.current_time() - began)
+            return delivering.outcome
+        finally:
+            self._running.remove(delivering)
+            delivering.ended.set()
+
+    async def _outcome(
+        self, delivering: _Delivering, path: Path, meta: TransferMeta, receiver: PeerRef
+    ) -> Delivery:
+        try:
+            with delivering.scope:
+                await self._transfers.send(receiver, path, meta, GIVE_UP_AFTER_S)
+                return Delivery(peer=receiver.peer, acknowledged=True)
+            return delivering.given_up
+        except Refused as exc:
+            if exc.code == "duplicate":
+                return Delivery(peer=receiver.peer, acknowledged=True)  # it has it
+            logger.warning("%s was refused: %s", meta.name, exc, extra={"peer_id": receiver.peer})
+            return Delivery(peer=receiver.peer, acknowledged=False, error=exc.code, detail=exc.reason)
+        except NetworkError as exc:
+            logger.error("%s was not delivered: %s", meta.name, exc, extra={"peer_id": receiver.peer})
+            return Delivery(peer=receiver.peer, acknowledged=False, error="unreachable", detail=str(exc))
+
+
+def _record(meta: TransferMeta, receiver: PeerRef, outcome: Delivery, lasted_s: float) -> None:
+    """How long the delivery of a pseudo-gradient, or of theta, took."""
+    duration = {"update": UPDATE_SEND_DURATION, "theta": BROADCAST_DURATION}.get(meta.kind)
+    if duration is not None:
+        duration.record(lasted_s, status="success" if outcome.acknowledged else "failure")
+    if outcome.acknowledged:
+        text = "The %s %s was delivered within %.3f s: %d bytes."
+        logger.debug(text, meta.kind, meta.name, lasted_s, meta.size, extra={"peer_id": receiver.peer})
+
+
+def turn_of(stamp: JobStamp | None) -> tuple[int, int, int]:
+    """A later one overtakes: the generation of the job, the round in it, the attempt at that."""
+    return (0, 0, 0) if stamp is None else (stamp.generation, stamp.round, stamp.attempt)
+
+
+class _Delivering:
+    def __init__(self, meta: TransferMeta, peer: str) -> None:
+        self.meta = meta
+        self.peer = peer
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+        #: None until it has ended, and when whoever asked for it did not wait
+        self.outcome: Delivery | None = None
+        #: valid when ``scope`` was cancelled
+        self.given_up = Delivery(peer=peer, acknowledged=False)
+
+    def give_up(self, error: str, detail: str) -> None:
+        self.given_up = Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)
+        self.scope.cancel()
