@@ -118,8 +118,8 @@ def test_nonsense_and_half_an_answer_are_none(server: Server, path: Path, reply:
 def test_nobody_is_there(path: Path) -> None:
     with pytest.raises(BridgeUnanswered, match="No such file"):
         BridgeConnection(path).ask("GET", "/", None)
-    with pytest.raises(BridgeUnanswered, match="No such file"), lines(path, "GET", "/", None):
-        pass
+    with pytest.raises(BridgeUnanswered, match="No such file"):
+        list(lines(path, "GET", "/", None))
 
 
 def chunked(*parts: bytes) -> bytes:
@@ -144,7 +144,7 @@ def test_lines_come_as_they_are_said_and_a_cut_is_no_end(path: Path, end: bytes,
         listener.bind(str(path))
         listener.listen()
         threading.Thread(target=serve, daemon=True).start()
-        with lines(path, "GET", "/", None) as said:
+        with closing(lines(path, "GET", "/", None)) as said:
             assert [next(said), next(said)] == ["data: one", ""]
             goes_on.set()
             assert [next(said), next(said)] == ["data: two", ""]
@@ -162,8 +162,8 @@ def test_a_refused_stream_is_an_error(
     server: Server, path: Path, status: bytes, error: type[Exception]
 ) -> None:
     server.replies = [b"HTTP/1.1 " + status + b"\r\ncontent-length: 6\r\n\r\nnot so"]
-    with pytest.raises(error, match="not so"), lines(path, "POST", "/", b"{}"):
-        pass
+    with pytest.raises(error, match="not so"):
+        list(lines(path, "POST", "/", b"{}"))
 
 
 def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
@@ -174,7 +174,7 @@ def test_what_the_reader_raises_is_its_own(server: Server, path: Path) -> None:
         raise OSError(28, f"no space for {line}")
 
     def read(handler: Callable[[str], None]) -> None:
-        with lines(path, "GET", "/", None) as said:
+        with closing(lines(path, "GET", "/", None)) as said:
             for line in said:
                 handler(line)
 

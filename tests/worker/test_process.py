@@ -35,9 +35,8 @@ from hypha.messages import (
 from hypha.telemetry.logs import ContextFilter, bind
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
-from hypha.worker.processes.keepers import KEEPER, Launch
+from hypha.worker.processes.keepers import KEEPER, MAX_LINE_BYTES, Launch
 from hypha.worker.processes.process import (
-    MAX_LINE_BYTES,
     TAIL_LINES,
     Supervision,
     prepare_launch,

@@ -63,44 +63,44 @@ def _alone(path: Path, without_locks: bool = False) -> Iterator[bool]:
             os.close(handle)
 
 
-def _left(directory: Path, kind: str, of: Callable[[str], bool]) -> list[Path]:
-    """What stands in ``directory`` in place of other names; the last to be renamed comes first."""
+def _left(directory: Path, of: Callable[[str], bool]) -> list[tuple[str, Path]]:
+    """What stands in ``directory`` in place of other names, ``preparing`` or ``replaced``; the last to be
+    renamed comes first.
+    """
     found = []
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            own, mark, _ = entry.name.rpartition(f".{kind}-")
-            if mark and own.startswith(".") and of(own[1:]) and not entry.is_symlink():
+            own, _, kind = entry.name.rpartition("-")[0].rpartition(".")
+            known = own.startswith(".") and kind in ("preparing", "replaced")
+            if known and of(own[1:]) and not entry.is_symlink():
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((entry.stat().st_ctime_ns, Path(entry.path)))
-    return [path for _, path in sorted(found, reverse=True)]
+                    found.append((entry.stat().st_ctime_ns, kind, Path(entry.path)))
+    return [(kind, path) for _, kind, path in sorted(found, reverse=True)]
 
 
 def remove_unfinished(directory: Path, of: Callable[[str], bool] = bool) -> None:
     """Remove what processes that are gone left half-way in ``directory``: what was to have a name ``of``
     which is true, and what had it before its successor came.
     """
-    _remove_staged(directory, of)
-    for path in _left(directory, "replaced", of):
+    for kind, path in _left(directory, of):
         with _alone(path) as free:
-            if free and path.with_name(path.name.rpartition(".replaced-")[0][1:]).exists():
+            if free and (kind == "preparing" or path.with_name(_name_of(path)).exists()):
                 remove(path)
 
 
-def _remove_staged(directory: Path, of: Callable[[str], bool]) -> None:
-    for path in _left(directory, "preparing", of):
-        with _alone(path) as free:
-            if free:
-                remove(path)
+def _name_of(path: Path) -> str:
+    """In place of which one it stands."""
+    return path.name.rpartition("-")[0].rpartition(".")[0][1:]
 
 
 def restore(target: Path) -> None:
     """Give back its name to a directory that a process which is gone took away, putting nothing there."""
     if os.path.lexists(target):
         return
-    for path in _left(target.parent, "replaced", _stem(target.name).__eq__):
+    for kind, path in _left(target.parent, _stem(target.name).__eq__):
         # where there are no locks: a process that is between its two renames now refuses to go on, then
         with _alone(path, without_locks=True) as free:
-            if free:
+            if free and kind == "replaced":
                 path.rename(target)
                 sync(target.parent)
                 logger.warning("%s is there again: a run that was replacing it was killed half-way.", target)
@@ -163,7 +163,7 @@ class StagedFile:
         self._durable, self._mode, self._exclusive, self._over = durable, mode, exclusive, over
         with naming(path):
             _check_replaceable(path)
-            _remove_staged(path.parent, _stem(path.name).__eq__)
+            remove_unfinished(path.parent, _stem(path.name).__eq__)
             self.staged, descriptor = self._make()
             self.file: BinaryIO = io.BufferedWriter(_Raw(descriptor, path))
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import trio
 from msgspec import structs
@@ -17,13 +18,15 @@ from hypha.config.environment import child_environment
 from hypha.config.models import PreemptionConfig, WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.processes import keeper
 from hypha.runtime import in_thread, is_simulated, lack_of_space
 from hypha.telemetry import health_of, serve_http
+from hypha.telemetry import instruments as metrics
 from hypha.telemetry.logs import bind
+from hypha.telemetry.metrics import Reading
 from hypha.telemetry.page import worker_routes
 from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.bridge.spans import EmitSpans
@@ -39,6 +42,7 @@ from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.limits.cgroups import remove_stale_groups, usable_cgroups
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
@@ -49,7 +53,6 @@ from hypha.worker.limits.usage import CorePins
 from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import open_host
-from hypha.worker.signals import shown
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
@@ -98,7 +101,9 @@ async def run_worker(
         cores=CorePins(usable_cores()),
         quotas=await in_thread(usable_quotas, config.work_dir),
     )
-    words |= _in_force(means, config.cache.max_gb)
+    found = mechanisms(means, config.cache.max_gb)
+    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
+    words |= {f"limit {name}": by for name, by in found.items()}
     await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
     async with _in_order(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
@@ -130,13 +135,6 @@ def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfi
     logger.info("Resources: %s.", "; ".join(f"{name.split()[1]} {text}" for name, text in words.items()))
     section = config.resources.model_copy(update=structs.asdict(resources))
     return config.model_copy(update={"resources": section}), words
-
-
-def _in_force(means: Means, cache_gb: float) -> dict[str, str]:
-    """By what each resource is enforced, for the health of the node; logged, too."""
-    found = mechanisms(means, cache_gb)
-    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
-    return {f"limit {name}": by for name, by in found.items()}
 
 
 def _check_work_dir(path: Path) -> None:
@@ -274,3 +272,45 @@ async def _end_when_left(
         await leaving.run()
         nursery.cancel_scope.cancel()
     scope.cancel()
+
+
+@contextlib.contextmanager
+def shown(jobs: Jobs, lease_service: LeaseService, cache: SliceCache) -> Iterator[None]:
+    """The worker's gauges show these meanwhile."""
+
+    def leases() -> Iterable[Reading]:
+        accepted = [lease.accepted for lease in lease_service.leases]
+        return [
+            ({"state": "accepted"}, accepted.count(True)),
+            ({"state": "temporary"}, accepted.count(False)),
+        ]
+
+    def amounts(of: Resources) -> Iterable[Reading]:
+        return [({"resource": name}, getattr(of, name)) for name in ("cpu", "memory", "gpu", "storage")]
+
+    counters = (metrics.TRAINING_SAMPLES, metrics.WORKER_OFFERS, metrics.CACHE_LOOKUPS)
+    for counter in (*counters, metrics.LIMITS_EXCEEDED):
+        counter.begin()
+    with (
+        metrics.WORKER_JOBS.watch(
+            lambda: [({"kind": kind}, jobs.running().count(kind)) for kind in get_args(ExecutorClass)]
+        ),
+        metrics.WORKER_LEASES.watch(leases),
+        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.arbiter.book.free)),
+        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.arbiter.book.total)),
+        metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
+        metrics.WORKER_PRICE.watch(lambda: prices(lease_service)),
+        metrics.WORKER_LOAD.watch(lambda: lease_service.arbiter.pricing.load),
+    ):
+        yield
+
+
+def prices(lease_service: LeaseService) -> list[Reading]:
+    """What the worker takes for a lease, and gets for those that it has given."""
+    pricing = lease_service.arbiter.pricing
+    return [
+        ({"of": "floor"}, pricing.terms.floor),
+        ({"of": "rest"}, pricing.at_rest),
+        ({"of": "threshold"}, pricing.asked),
+        ({"of": "leases"}, sum(lease.price for lease in lease_service.leases if lease.accepted)),
+    ]

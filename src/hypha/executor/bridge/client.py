@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from pathlib import Path
@@ -128,7 +128,7 @@ class BridgeClient:
         """Have the worker export ``spans``. Raises :class:`Refused`, :class:`PeerUnreachable` and, when the
         worker is gone, :class:`BridgeUnanswered`.
         """
-        self._ask_idle("POST", "/spans", SpansCall(spans=tuple(spans)), None)
+        self._ask("POST", "/spans", SpansCall(spans=tuple(spans)), None)
 
     def relative(self, path: Path) -> str:
         """``path`` as the bridge wants it."""
@@ -137,9 +137,9 @@ class BridgeClient:
     def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
         attributes = {"http.request.method": method, "url.path": path}
         with span(BRIDGE, attributes, kind=SpanKind.CLIENT):
-            return self._ask_idle(method, path, body, traceparent())
+            return self._ask(method, path, body, traceparent())
 
-    def _ask_idle(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
+    def _ask(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
         try:
             connection = self._idle.get_nowait()
         except queue.Empty:
@@ -179,10 +179,16 @@ class BridgeClient:
         retry = _Retry()
         while True:
             try:
-                with lines(self._socket, method, path, content) as answer:
-                    retry = _Retry()
-                    for data in server_sent_data(answer):
-                        handler(decode(decoder, data))
+                with contextlib.closing(lines(self._socket, method, path, content)) as answer:
+                    # server-sent events: WHATWG HTML, section 9.2
+                    data: list[str] = []
+                    for line in answer:
+                        retry = _Retry()
+                        if line.startswith("data:"):
+                            data.append(line[5:].removeprefix(" "))
+                        elif not line and data:
+                            handler(decode(decoder, "\n".join(data)))
+                            data = []
             except BridgeUnanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge
@@ -318,11 +324,9 @@ class BridgeConnection(http.client.HTTPConnection):
                 return content
 
 
-@contextlib.contextmanager
-def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iterator[Iterator[str]]:
+def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Generator[str, None, None]:
     """The lines of a response that goes on for ever, without their ends, as they come. Raises as
-    :meth:`BridgeConnection.ask`; reading lines may raise :class:`BridgeUnanswered`, too, when they are cut
-    off.
+    :meth:`BridgeConnection.ask`, :class:`BridgeUnanswered` also where they are cut off.
     """
     with contextlib.closing(BridgeConnection(socket_path)) as connection:
         try:
@@ -330,22 +334,12 @@ def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iter
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise _error(path, response.status, response.read())
+            # the response's own lines end without an error where it was cut between two chunks
+            with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
+                while line := text.readline():
+                    yield line.rstrip("\r\n")
         except _FAILURES as exc:
             raise _unanswered(exc) from exc
-        yield _lines_of(response)
-
-
-def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
-    # the response's own lines end without an error where it was cut between two chunks
-    with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
-        while True:
-            try:
-                line = text.readline()
-            except _FAILURES as exc:
-                raise _unanswered(exc) from exc
-            if not line:
-                return
-            yield line.rstrip("\r\n")
 
 
 def _error(path: str, status: int, content: bytes) -> HyphaError:
@@ -360,17 +354,6 @@ def _error(path: str, status: int, content: bytes) -> HyphaError:
 
 def _unanswered(exc: Exception) -> BridgeUnanswered:
     return BridgeUnanswered(f"the worker does not answer: {exc or type(exc).__name__}")
-
-
-def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
-    """The data of each server-sent event (WHATWG HTML, section 9.2), other fields skipped."""
-    data: list[str] = []
-    for line in lines:
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
 
 
 def update_waits(refused: Refused) -> bool:

@@ -10,7 +10,7 @@ import logging
 import shutil
 import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -62,26 +62,29 @@ class Connectors:
         """
         self._allowance.check(reference)
         try:
-            return await self._fetch(reference, directory, job_id)
+            match reference:
+                case Peers():
+                    return await self._fetch_peers(reference, directory, job_id)
+                case Uri(value=what):
+                    fetch = partial(fetch_uri, what, directory, self._allowance)
+                case HuggingFace(repository=what):
+                    fetch = partial(fetch_hub, reference, directory, self._allowance.max_file_bytes)
+                case Local(url=what):
+                    fetch = partial(fetch_local, what, directory, self._allowance)
+                case _:
+                    raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
+
+            def log(lasted_s: float) -> None:
+                size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+                text = "Fetching %s goes on since %s: %.1f MB are here."
+                logger.info(text, _without_secrets(what), in_words(lasted_s), size / 1e6)
+
+            return await reminded(fetch, log)
         except (OSError, TransferFailed) as exc:
             for cause in (exc, exc.__cause__):
                 if cause is not None and is_disk_full(cause):
                     raise Refused("no-space", str(cause)) from exc
             raise
-
-    async def _fetch(self, reference: Reference, directory: Path, job_id: str) -> list[Path]:
-        match reference:
-            case Peers():
-                return await self._fetch_peers(reference, directory, job_id)
-            case Uri(value=what):
-                fetch = partial(fetch_uri, what, directory, self._allowance)
-            case HuggingFace(repository=what):
-                fetch = partial(fetch_hub, reference, directory, self._allowance.max_file_bytes)
-            case Local(url=what):
-                fetch = partial(fetch_local, what, directory, self._allowance)
-            case _:
-                raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
-        return await _reminding(_without_secrets(what), directory, job_id, fetch)
 
     async def _fetch_peers(self, reference: Peers, directory: Path, job_id: str) -> list[Path]:
         """The whole resource from one peer, the next one where a peer fails. Which peers are asked first
@@ -138,24 +141,6 @@ def _without_secrets(address: str) -> str:
     """What it leads to, without who signs in there, and with what."""
     parts = urlsplit(address)
     return f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
-
-
-async def _reminding(
-    what: str, directory: Path, job_id: str, fetch: Callable[[], Awaitable[list[Path]]]
-) -> list[Path]:
-    """What ``fetch`` does; once a minute it is logged how far that is."""
-
-    def log(lasted_s: float) -> None:
-        sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
-        logger.info(
-            "Fetching %s goes on since %s: %.1f MB are here.",
-            what,
-            in_words(lasted_s),
-            sum(sizes) / 1e6,
-            extra={"job_id": job_id},
-        )
-
-    return await reminded(fetch, log)
 
 
 async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[Path]:

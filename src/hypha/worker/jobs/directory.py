@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from hypha.errors import HyphaError, Refused
-from hypha.files import beneath
+from hypha.files import beneath, disks
 from hypha.files.staging import StagedDirectory, remove_unfinished
 from hypha.runtime import new_id
 
@@ -265,13 +265,6 @@ def _remove(path: Path) -> None:
         logger.warning("Cannot remove %s: %s", path, exc.strerror or exc, extra={"path": path})
 
 
-def _remove_stale_socket(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        elsewhere = Path((path / _ELSEWHERE).read_text())
-        if elsewhere.name.startswith(_PREFIX) and elsewhere.parent in _short_places():
-            _remove(elsewhere)
-
-
 def remove_stale(work_dir: Path) -> list[Path]:
     """Remove job directories whose worker is gone; returns them."""
     removed = []
@@ -279,27 +272,18 @@ def remove_stale(work_dir: Path) -> list[Path]:
         return []
     remove_unfinished(work_dir, lambda name: name.startswith(_OWN_PREFIX))
     for own in work_dir.glob(f"{_OWN_PREFIX}*"):
-        removed += _remove_dead(own, own.with_name(own.name.removeprefix(".")))
-    for path in work_dir.glob(f"{_PREFIX}*"):
-        # of a release that kept its lock where the executor could write
-        if not _own_of(path).exists():
-            removed += _remove_dead(path, path)
+        try:
+            lock = disks.lock(own / _LOCK, fcntl.LOCK_EX)
+        except OSError:
+            continue  # no job directory of ours
+        if lock is not None:
+            with contextlib.suppress(OSError):
+                elsewhere = Path((own / _ELSEWHERE).read_text())
+                if elsewhere.name.startswith(_PREFIX) and elsewhere.parent in _short_places():
+                    _remove(elsewhere)
+            path = own.with_name(own.name.removeprefix("."))
+            _remove(path)
+            _remove(own)
+            os.close(lock)
+            removed.append(path)
     return removed
-
-
-def _remove_dead(own: Path, path: Path) -> list[Path]:
-    """``own`` and ``path``, if ``own`` has a lock that nobody holds."""
-    try:
-        lock = os.open(own / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return []  # no job directory of ours
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove_stale_socket(own)
-        for one in {path, own}:
-            _remove(one)
-        return [path]
-    except BlockingIOError:
-        return []
-    finally:
-        os.close(lock)

@@ -63,13 +63,13 @@ class Jobs:
                 if execution.ended.is_set():
                     del self._executions[key]
 
-    def running(self, kind: ExecutorClass) -> int:
-        return sum(one.kind == kind and not one.ended.is_set() for one in self._executions.values())
+    def running(self) -> list[ExecutorClass]:
+        """The classes of the executors that run now."""
+        return [one.kind for one in self._executions.values() if not one.ended.is_set()]
 
     def _health(self) -> dict[str, str]:
         # not their ids: anybody may ask, and who knows the id of a job can take its place here
-        kinds = [one.kind for one in self._executions.values() if not one.ended.is_set()]
-        return {"jobs": ", ".join(sorted(kinds)) or "none"}
+        return {"jobs": ", ".join(sorted(self.running())) or "none"}
 
     async def _dispatch(self, caller: str, request: DispatchJob) -> Acknowledged:
         job = request.job

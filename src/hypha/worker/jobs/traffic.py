@@ -313,15 +313,7 @@ class ExecutorTraffic:
             raise Refused("invalid", "only a training job has slices")
         if (resource.peer, resource.dataset) != (self.job.scheduler.peer, self.job.dataset):
             raise Refused("invalid", f"this job trains on {self.job.dataset!r} of its own scheduler")
-        found = await self.slices.next()
-        return FetchedFile(
-            path=f"slices/{found.path.name}",
-            size=found.assigned.size,
-            slice=found.assigned,
-            round=found.stamp.round,
-            attempt=found.stamp.attempt,
-            generation=found.stamp.generation,
-        )
+        return await self.slices.next()
 
     async def send(self, call: SendCall) -> Sent:
         """Send a file of the job directory to peers, or store it at a place that the owner allows."""

@@ -4,7 +4,8 @@ A sign is any event on its bridge. An executor that has nothing to do (it waits 
 updates) sends :class:`Alive` while it waits, from the very thread that works otherwise; so a stopped process
 and an endless batch look the same, and a long wait does not. Held to that are Hypha's own executors and those
 whose owner gave them a ``hang_s``, from their start; any other from its first ``Alive`` on. Who never sends
-it is not watched: what it owes its job is the business of the scheduler's deadlines. Pure, but for the loop.
+it is not watched: what it owes its job is the business of the scheduler's deadlines. Calls and output are no
+signs: a prefetching thread makes them beside a dead loop. Pure, but for the loop.
 """
 
 from __future__ import annotations

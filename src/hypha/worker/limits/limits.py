@@ -72,7 +72,7 @@ class Means:
     quotas: ProjectQuotas | None = None
 
     def version(self, controller: Controller) -> str | None:
-        """``v1`` or ``v2`` where a cgroup bounds what ``controller`` counts; None where something else does."""
+        """``v1`` or ``v2`` where a cgroup bounds what ``controller`` counts; None: another means does."""
         return self.cgroups.version(controller) if self.mode in ("auto", "cgroup") else None
 
 

@@ -24,6 +24,28 @@ from hypha.processes import keeper
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.
 KILLED_WITHIN_S = 2.0
+#: Longer lines of output are cut.
+MAX_LINE_BYTES = 4096
+
+
+async def each_line(output: trio.abc.ReceiveStream, say: Callable[[str], None]) -> None:
+    """Call ``say`` for each line of ``output``, until it ends; cancelled, for what was read of the last."""
+    rest = b""
+    try:
+        async for data in output:
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                say(_text(line))
+            while len(rest) > MAX_LINE_BYTES:
+                say(_text(rest))
+                rest = rest[MAX_LINE_BYTES:]
+    finally:
+        if rest:
+            say(_text(rest))
+
+
+def _text(line: bytes) -> str:
+    return line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
 from hypha.naming import cleaned
-from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, OwnExecutor
+from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, each_line
 
 logger = logging.getLogger("hypha.worker.executor")
 
@@ -319,7 +319,8 @@ class OwnHost(ExecutorHost):
                 self._process, self._connection = process, ours
             theirs.close()
             try:
-                await self._read(process)
+                assert process.stdout is not None
+                await each_line(process.stdout, self._say)
                 return await process.wait()
             finally:
                 self._connection = self._process = None
@@ -329,17 +330,6 @@ class OwnHost(ExecutorHost):
                         await process.wait()
                     if process.stdout is not None:
                         await process.stdout.aclose()
-
-    async def _read(self, process: trio.Process) -> None:
-        rest = b""
-        assert process.stdout is not None
-        async for data in process.stdout:
-            *lines, rest = (rest + bytes(data)).split(b"\n")
-            for line in lines:
-                self._say(line.decode("utf-8", "replace"))
-            rest = rest[-_MAX_REPLY_BYTES:]
-        if rest:
-            self._say(rest.decode("utf-8", "replace"))
 
     def _say(self, line: str) -> None:
         try:

@@ -37,8 +37,8 @@ class ManifestCheck:
         self._told = ""
 
     async def knows(self, assigned: SliceAssigned) -> bool:
-        """Whether the slice can be what the manifest says; logged where it cannot. True where no data node has
-        replied yet what that is: the slice's own hash is checked in any case.
+        """Whether the slice can be what the manifest says; logged where it cannot. True where no data node
+        has replied yet what that is: the slice's own hash is checked in any case.
         """
         if not self._hash:
             return True

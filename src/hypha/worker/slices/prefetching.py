@@ -30,6 +30,7 @@ import trio
 from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused, TransferCorrupt
 from hypha.messages import (
+    FetchedFile,
     JobStamp,
     NextSlice,
     NoSlice,
@@ -72,18 +73,9 @@ AVOID_S = 30.0
 
 
 @dataclass(frozen=True)
-class PrefetchedSlice:
-    """A slice in the job directory, asked for while the newest theta was that of ``stamp``."""
-
-    path: Path
-    assigned: SliceAssigned
-    stamp: JobStamp
-
-
-@dataclass(frozen=True)
 class SliceDemand:
     """Which slices an executor needs: those of ``dataset``, for as many as last ``prefetch_s`` seconds of
-    training, or one, in ``directory``. ``stamp`` gives the job's current one, ``trace_of`` the trace of what
+    training, or one, in ``directory`` of the job's. ``stamp`` gives the job's current one, ``trace_of`` the trace of what
     is requested under a stamp.
     """
 
@@ -115,7 +107,7 @@ class SlicePrefetcher:
         #: what was got for an earlier one is dropped
         self._held_from = 0
         self._generations = Changes()
-        self._ready: deque[PrefetchedSlice] = deque()
+        self._ready: deque[FetchedFile] = deque()
         #: the scheduler allows so many, lest few workers hold a small dataset
         self._allowed = 1
         #: when slices were handed out
@@ -137,8 +129,8 @@ class SlicePrefetcher:
                 self._ready.append(found)
                 self._changed.note()
 
-    async def next(self) -> PrefetchedSlice:
-        """The next slice; waits while there is none. A cancelled call takes none."""
+    async def next(self) -> FetchedFile:
+        """The next slice, in the job directory; waits while there is none. A cancelled call takes none."""
         while not self._ready or self._held is not None:
             if self._held is None:
                 await self._changed.wait()
@@ -150,7 +142,7 @@ class SlicePrefetcher:
         found = self._ready.popleft()
         self._used_at.append(trio.current_time())
         self._changed.note()
-        self._handed_out.append(found.path)
+        self._handed_out.append(self._place(found))
         while len(self._handed_out) > KEPT_LINKS:
             self._handed_out.pop(0).unlink(missing_ok=True)
         return found
@@ -161,10 +153,13 @@ class SlicePrefetcher:
             self._held = trio.Event()
         self._held_from = self._seq + 1
         while self._ready:
-            self._ready.popleft().path.unlink(missing_ok=True)
+            self._place(self._ready.popleft()).unlink(missing_ok=True)
         if self._asking is not None:
             self._asking.cancel()
         self._changed.note()
+
+    def _place(self, found: FetchedFile) -> Path:
+        return self._demand.directory.parent / found.path
 
     def begin_generation(self) -> None:
         """The job goes on in another generation: what is asked for is asked for in that one."""
@@ -186,11 +181,11 @@ class SlicePrefetcher:
         if len(paces) < _LEAST_PACES:
             return False
         wanted = min(math.ceil(self._demand.prefetch_s / max(statistics.median(paces), 1e-3)), MAX_AHEAD)
-        held_bytes = sum(one.assigned.size for one in self._ready)
-        fits = held_bytes + self._ready[-1].assigned.size <= self._cache.max_bytes // 2
+        held_bytes = sum(one.size for one in self._ready)
+        fits = held_bytes + self._ready[-1].size <= self._cache.max_bytes // 2
         return fits and len(self._ready) < min(wanted, self._allowed)
 
-    async def _fetch_next(self) -> PrefetchedSlice | None:
+    async def _fetch_next(self) -> FetchedFile | None:
         """None when it was dropped meanwhile."""
         self._seq += 1
         self._pending = self._demand.stamp()
@@ -219,7 +214,16 @@ class SlicePrefetcher:
                             # dropped after the last moment at which trio could have raised it
                             path.unlink(missing_ok=True)
                             return None
-                        return PrefetchedSlice(path, assigned, self._pending)
+                        # requested while the newest theta was that of this stamp
+                        stamp = self._pending
+                        return FetchedFile(
+                            path=f"{path.parent.name}/{path.name}",
+                            size=assigned.size,
+                            slice=assigned,
+                            round=stamp.round,
+                            attempt=stamp.attempt,
+                            generation=stamp.generation,
+                        )
                 except (OSError, ValueError) as exc:  # the disk, or a hash that is none
                     if str(exc) != logged:
                         logged = str(exc)
