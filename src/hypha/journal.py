@@ -85,7 +85,18 @@ class Journal:
         """``machine`` handled ``event``; never raises for what cannot be written."""
         entry = JournalEntry(self._number, now, machine, event, tuple(actions), state, tuple(drawn))
         self._number += 1
-        self._keep(entry)
+        try:
+            # as MessagePack; of what has none, a guess
+            said = (entry.event, entry.actions, entry.state, entry.drawn)
+            size = len(msgspec.msgpack.encode(said, enc_hook=_hook))
+        except (NotImplementedError, TypeError, ValueError, OverflowError):
+            size = 1024
+        self.entries.append(entry)
+        self._sizes.append(size)
+        self._size += size
+        while len(self.entries) > self._kept or self._size > KEPT_BYTES:
+            self.entries.popleft()
+            self._size -= self._sizes.popleft()
         if self._sink is not None:
             self._write(self._sink, entry)
         for listener in list(self.listeners):
@@ -96,15 +107,6 @@ class Journal:
                     raise
                 logger.exception("A listener of the journal failed, and is told nothing any more.")
                 self.leave(listener)
-
-    def _keep(self, entry: JournalEntry) -> None:
-        size = _size_of(entry)
-        self.entries.append(entry)
-        self._sizes.append(size)
-        self._size += size
-        while len(self.entries) > self._kept or self._size > KEPT_BYTES:
-            self.entries.popleft()
-            self._size -= self._sizes.popleft()
 
     def leave(self, listener: Callable[[JournalEntry], None]) -> None:
         """``listener`` is told nothing any more; it may have failed, and been left out, before."""
@@ -148,15 +150,6 @@ def write_entries(path: Path, about: object, entries: Sequence[JournalEntry]) ->
         for entry in entries:
             staged.file.write(entry.line() + b"\n")
         staged.publish()
-
-
-def _size_of(entry: JournalEntry) -> int:
-    """As MessagePack; of what has none, a guess."""
-    try:
-        said = (entry.event, entry.actions, entry.state, entry.drawn)
-        return len(msgspec.msgpack.encode(said, enc_hook=_hook))
-    except (NotImplementedError, TypeError, ValueError, OverflowError):
-        return 1024
 
 
 def plain(value: object) -> Any:

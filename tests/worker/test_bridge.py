@@ -110,7 +110,7 @@ class FileHandlers:
         raise RuntimeError("a bug")
 
     async def send(self, call: SendCall) -> Sent:
-        with self.directory.pinned(call.path):
+        async with self.directory.pinned(call.path):
             pass
         return Sent(deliveries=self.outcomes)
 

@@ -32,8 +32,14 @@ def test_without_limits_it_is_all_there_is(tmp_path: Path) -> None:
     assert found.describe()["gpu"] == "none"
 
 
-def test_memory_is_the_kernels_own_total(tmp_path: Path) -> None:
-    found = detect(tmp_path, {}, tree(tmp_path, {"proc/meminfo": "MemTotal:  1000000 kB\nMemFree: 5 kB\n"}))
+def test_memory_is_the_kernels_own_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = dict.fromkeys(
+        ("MemFree", "Buffers", "Cached", "Active", "Inactive", "MemAvailable", "Shmem", "Slab"), 5
+    )
+    lines = [f"{name}:  {amount} kB\n" for name, amount in {"MemTotal": 1000000, **memory}.items()]
+    root = tree(tmp_path, {"proc/meminfo": "".join(lines)})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
+    found = detect(tmp_path, {}, root)
     assert (found.memory, found.memory_by) == (1.024, "all of this machine")
 
 

@@ -43,7 +43,7 @@ class Setting:
     def __init__(self, tmp_path: Path) -> None:
         transfers = Accepting()
         context = SimpleNamespace(
-            node=SimpleNamespace(transfers=transfers),
+            node=SimpleNamespace(transfers=transfers, request=print),
             config=SimpleNamespace(work_dir=tmp_path, hang_s=60.0),
             allowance=SimpleNamespace(max_file_bytes=100),
             emit_spans=None,

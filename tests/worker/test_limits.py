@@ -112,7 +112,7 @@ async def test_cgroup_holds_and_is_removed(tmp_path: Path) -> None:
         assert all(group.is_dir() for group in limits.groups)
         ended = await eat(tmp_path, limits)
         assert ended.code == -9
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
+        assert "want of memory (its limits: 0.2 GB memory: cgroup" in str(limits.denied())
     finally:
         await limits.remove()
     assert not any(group.exists() for group in limits.groups)
@@ -176,8 +176,8 @@ def test_each_controller_is_used_where_it_is(tmp_path: Path) -> None:
     assert options(limits)[-2:] == ["--cores", "3"]
     assert limits.quota == Quota(disk_bytes=2 * 10**9)
     assert limits.description == (
-        "1 GB memory by cgroup v2, 1 cores by affinity (3) and thread counts, 512 processes by cgroup v1, "
-        "2 GB in its directory, watched"
+        "1 GB memory: cgroup v2 (memory.max), 1 cores (3): affinity and thread counts, "
+        "512 processes: cgroup v1 (pids.max), 2 GB in its directory: watched by the worker every 1 s"
     )
     said = mechanisms(Means("auto", places), cache_gb=20)
     assert said["memory"] == "cgroup v2 (memory.max)"

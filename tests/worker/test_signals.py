@@ -102,9 +102,9 @@ async def test_an_executors_life_is_a_span_below_its_dispatch(
     assert signals.reading(metrics.EXECUTOR_LOADING, kind="train") == 1
     said = " ".join(record.getMessage() for record in caplog.records)
     for words in (
-        "has its model, 2.50 s after",
         "Theta of round 3 was received: 1000 bytes",
-        "Round 3 was trained, and its update sent, within 4.00 s: 40 samples in 10 batches",
+        "RoundStarted(round=3",
+        "samples=40, batches=10",
     ):
         assert words in said
 

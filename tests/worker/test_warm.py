@@ -79,8 +79,9 @@ def launch(bridges: Network, script: str, *options: str, **environment: str) -> 
 class Sure(SharedHost):
     """Fails where an executor would be started instead. The host of a busy machine takes long to import."""
 
-    def _patience_s(self) -> float:
-        return 100.0
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.patience_s = 100.0
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         keeper = await super().fork(launch)
@@ -243,7 +244,7 @@ async def test_cgroups_hold(bridges: Network) -> None:
     try:
         ended = await run(limits.launch(launch(bridges, EATS)))
         assert ended.code == -9, ended.tail
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
+        assert "want of memory (its limits: 0.2 GB memory: cgroup" in str(limits.denied())
     finally:
         await limits.remove()
 
@@ -439,7 +440,7 @@ async def test_a_host_that_does_not_answer_is_replaced(
         first = host.pid
         assert first is not None
         os.kill(first, signal.SIGSTOP)
-        monkeypatch.setattr("hypha.worker.processes.warm.IMPORTS_WITHIN_S", 0.2)
+        monkeypatch.setattr(host, "patience_s", 0.2)
         assert await host.fork(launch(bridges, "")) is None
         assert "it has not answered for 0.2 s" in caplog.text
         await until(lambda: not running(first))

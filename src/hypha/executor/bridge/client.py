@@ -91,6 +91,8 @@ class BridgeClient:
     def __init__(self, socket: Path, directory: Path) -> None:
         self.directory = directory
         self.failed: Callable[[Exception], None] = logger.error
+        #: called after each event, in the thread that reports them
+        self.after_event: Callable[[], None] = lambda: None
         self._socket = socket
         #: with the ``traceparent`` of the span in which each was reported
         self._events: deque[tuple[Event, str | None]] = deque()
@@ -246,6 +248,7 @@ class BridgeClient:
                 self._lock.notify_all()
             if not delivered:
                 return
+            self.after_event()
 
     def _deliver(self, connection: BridgeConnection, event: Event, reported_in: str | None) -> bool:
         retry = _Retry()

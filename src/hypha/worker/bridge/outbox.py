@@ -54,7 +54,7 @@ class Outbox:
         """Raise Refused (``busy``) when as many events wait as may."""
         size = sum(size for _, size, _ in self._waiting)
         if len(self._waiting) >= MAX_WAITING or size > MAX_WAITING_BYTES:
-            raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler")
+            raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler; try again")
 
     async def wait_empty(self) -> None:
         while self._waiting:

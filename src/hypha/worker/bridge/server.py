@@ -67,6 +67,7 @@ _STATUS = {
     "uninvited": 403,
     "not-found": 404,
     "too-large": 413,
+    "busy": 503,
 }
 
 T = TypeVar("T")
@@ -166,12 +167,7 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
         event = _decode(body, StatusCall).event
         if isinstance(event, ExecutorExited):
             raise Refused("invalid", "that an executor ended is reported by its worker")
-        try:
-            handlers.report(event)
-        except Refused as exc:
-            if exc.code == "busy":
-                return _busy(exc.reason)
-            raise
+        handlers.report(event)
         return _json({})
 
     async def take_spans(body: bytes) -> Response:
@@ -305,6 +301,9 @@ class EventStream(Response):
         self.init_headers({"cache-control": "no-store"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(text: bytes) -> None:
+            await send({"type": "http.response.body", "body": text, "more_body": True})
+
         try:
             self._places.acquire_on_behalf_of_nowait(self)
         except trio.WouldBlock:
@@ -315,25 +314,18 @@ class EventStream(Response):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    await self._write(send, b": open\n\n")
-                    await self._pass_on(feed, send)
+                    await write(b": open\n\n")
+                    # until the client reads so slowly that too much waits: it opens another stream then
+                    with suppress(trio.EndOfChannel):
+                        while True:
+                            text = b": keep-alive\n\n"
+                            with trio.move_on_after(KEEP_ALIVE_S):
+                                text = _event(await feed.get())
+                            await write(text)
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
                     nursery.cancel_scope.cancel()
         finally:
             self._places.release_on_behalf_of(self)
-
-    async def _pass_on(self, feed: Feed[StructT], send: Send) -> None:
-        """Until the client reads so slowly that too much waits for it: it opens another stream then."""
-        with suppress(trio.EndOfChannel):
-            while True:
-                text = b": keep-alive\n\n"
-                with trio.move_on_after(KEEP_ALIVE_S):
-                    text = _event(await feed.get())
-                await self._write(send, text)
-
-    @staticmethod
-    async def _write(send: Send, text: bytes) -> None:
-        await send({"type": "http.response.body", "body": text, "more_body": True})
 
 
 def _event(value: msgspec.Struct) -> bytes:

@@ -6,6 +6,7 @@ parties raise comes out as ``Refused`` (asking again is no use) or ``TransferFai
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 import socket
@@ -74,10 +75,14 @@ class Connectors:
                 case _:
                     raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
 
+            parts = urlsplit(what)
+            # without who signs in there, and with what
+            place = f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
+
             def log(lasted_s: float) -> None:
                 size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
                 text = "Fetching %s goes on since %s: %.1f MB are here."
-                logger.info(text, _without_secrets(what), in_words(lasted_s), size / 1e6)
+                logger.info(text, place, in_words(lasted_s), size / 1e6)
 
             return await reminded(fetch, log)
         except (OSError, TransferFailed) as exc:
@@ -135,12 +140,6 @@ class Connectors:
             path.chmod(0o600)
             paths.append(path)
         return paths
-
-
-def _without_secrets(address: str) -> str:
-    """What it leads to, without who signs in there, and with what."""
-    parts = urlsplit(address)
-    return f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
 
 
 async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[Path]:
@@ -292,7 +291,7 @@ def _download_repository(
             # the commit, so that all files are of one state of a branch that may move meanwhile
             revision=info.sha or reference.revision,
             local_dir=directory,
-            allow_patterns=[_literal(filename) for filename in wanted],
+            allow_patterns=[glob.escape(filename) for filename in wanted],
             max_workers=4,
         )
     except hub.GatedRepoError as exc:
@@ -315,10 +314,6 @@ def _http_error_of(session: object) -> type[Exception]:
     library = sys.modules[type(session).__module__.partition(".")[0]]
     error: type[Exception] = getattr(library, "HTTPError", OSError)
     return error
-
-
-def _literal(filename: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in filename)
 
 
 def _first_line(exc: BaseException) -> str:

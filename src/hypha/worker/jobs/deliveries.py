@@ -71,54 +71,44 @@ class Deliveries:
                 delivering.give_up("uninvited", "it takes no part in the job any more")
 
     async def _deliver(self, path: Path, meta: TransferMeta, receiver: PeerRef) -> Delivery:
-        turn = turn_of(meta.stamp)
+        turn, way = turn_of(meta.stamp), (meta.kind, receiver.peer)
         # asked for again because it takes long: a second one would only be in its way
         while same := [one for one in self._running if (one.meta, one.peer) == (meta, receiver.peer)]:
             await same[0].ended.wait()
             if same[0].outcome is not None:
                 return same[0].outcome
         for other in self._running:
-            if (other.meta.kind, other.peer) == (meta.kind, receiver.peer) and turn_of(
-                other.meta.stamp
-            ) < turn:
+            if (other.meta.kind, other.peer) == way and turn_of(other.meta.stamp) < turn:
                 other.give_up("stale", f"overtaken by round {turn[1]}")
         delivering = _Delivering(meta, receiver.peer)
         self._running.append(delivering)
-        began = trio.current_time()
-        try:
-            delivering.outcome = await self._outcome(delivering, path, meta, receiver)
-            _record(meta, receiver, delivering.outcome, trio.current_time() - began)
-            return delivering.outcome
-        finally:
-            self._running.remove(delivering)
-            delivering.ended.set()
-
-    async def _outcome(
-        self, delivering: _Delivering, path: Path, meta: TransferMeta, receiver: PeerRef
-    ) -> Delivery:
+        began, fields = trio.current_time(), {"peer_id": receiver.peer}
+        outcome = Delivery(peer=receiver.peer, acknowledged=True)
         try:
             with delivering.scope:
                 await self._transfers.send(receiver, path, meta, GIVE_UP_AFTER_S)
-                return Delivery(peer=receiver.peer, acknowledged=True)
-            return delivering.given_up
-        except Refused as exc:
-            if exc.code == "duplicate":
-                return Delivery(peer=receiver.peer, acknowledged=True)  # it has it
-            logger.warning("%s was refused: %s", meta.name, exc, extra={"peer_id": receiver.peer})
-            return Delivery(peer=receiver.peer, acknowledged=False, error=exc.code, detail=exc.reason)
+            if delivering.scope.cancelled_caught:
+                outcome = delivering.given_up
         except NetworkError as exc:
-            logger.error("%s was not delivered: %s", meta.name, exc, extra={"peer_id": receiver.peer})
-            return Delivery(peer=receiver.peer, acknowledged=False, error="unreachable", detail=str(exc))
-
-
-def _record(meta: TransferMeta, receiver: PeerRef, outcome: Delivery, lasted_s: float) -> None:
-    """How long the delivery of a pseudo-gradient, or of theta, took."""
-    duration = {"update": UPDATE_SEND_DURATION, "theta": BROADCAST_DURATION}.get(meta.kind)
-    if duration is not None:
-        duration.record(lasted_s, status="success" if outcome.acknowledged else "failure")
-    if outcome.acknowledged:
-        text = "The %s %s was delivered within %.3f s: %d bytes."
-        logger.debug(text, meta.kind, meta.name, lasted_s, meta.size, extra={"peer_id": receiver.peer})
+            if isinstance(exc, Refused):
+                if exc.code != "duplicate":  # else it has it
+                    logger.warning("%s was refused: %s", meta.name, exc, extra=fields)
+                    outcome = delivering.failed(exc.code, exc.reason)
+            else:
+                logger.error("%s was not delivered: %s", meta.name, exc, extra=fields)
+                outcome = delivering.failed("unreachable", str(exc))
+        finally:
+            self._running.remove(delivering)
+            delivering.ended.set()
+        delivering.outcome = outcome
+        lasted_s = trio.current_time() - began
+        duration = {"update": UPDATE_SEND_DURATION, "theta": BROADCAST_DURATION}.get(meta.kind)
+        if duration is not None:
+            duration.record(lasted_s, status="success" if outcome.acknowledged else "failure")
+        if outcome.acknowledged:
+            text = "The %s %s was delivered within %.3f s: %d bytes."
+            logger.debug(text, meta.kind, meta.name, lasted_s, meta.size, extra=fields)
+        return outcome
 
 
 def turn_of(stamp: JobStamp | None) -> tuple[int, int, int]:
@@ -138,5 +128,8 @@ class _Delivering:
         self.given_up = Delivery(peer=peer, acknowledged=False)
 
     def give_up(self, error: str, detail: str) -> None:
-        self.given_up = Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)
+        self.given_up = self.failed(error, detail)
         self.scope.cancel()
+
+    def failed(self, error: str, detail: str) -> Delivery:
+        return Delivery(peer=self.peer, acknowledged=False, error=error, detail=detail)

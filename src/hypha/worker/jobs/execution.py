@@ -21,7 +21,8 @@ from hypha.runtime import in_thread
 from hypha.telemetry.logs import bind
 from hypha.waiting import log_waiting, reminded
 from hypha.worker.bridge.server import BridgeHandlers, bind_bridge, serve_bridge
-from hypha.worker.jobs.traffic import FILES, ExecutionContext, ExecutorTraffic
+from hypha.worker.jobs.directory import FILES
+from hypha.worker.jobs.traffic import ExecutionContext, ExecutorTraffic
 from hypha.worker.jobs.watch import keep_watch
 from hypha.worker.limits.gpus import GpuShare
 from hypha.worker.limits.limits import Limits

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -38,8 +39,6 @@ from hypha.messages import (
     Reference,
     Rejoin,
     Report,
-    Request,
-    Response,
     RoundStarted,
     SchedulerData,
     SendCall,
@@ -51,7 +50,7 @@ from hypha.messages import (
 from hypha.net.bulk.transfers import with_hashes
 from hypha.node import Node
 from hypha.rules.leases import Lease
-from hypha.runtime import in_thread, lack_of_space
+from hypha.runtime import lack_of_space
 from hypha.worker.bridge.feeds import Directives, FileArrivals
 from hypha.worker.bridge.outbox import Outbox
 from hypha.worker.bridge.server import BridgeHandlers
@@ -72,8 +71,6 @@ from hypha.worker.slices.prefetching import SliceDemand, SlicePrefetcher
 
 logger = logging.getLogger(__name__)
 
-#: Threads that work on job directories: those of one job may take all of them, and no others of the worker.
-FILES = trio.CapacityLimiter(4)
 #: Files of one sender that the executor has not deleted yet; more are ``busy``.
 MAX_WAITING = 8
 
@@ -128,7 +125,8 @@ class ExecutorTraffic:
         self.watch = Watch(context.config, executor, job, trio.current_time())
         self.signals = ExecutionSignals(job, lease.lease_id, emits=context.emit_spans is not None)
         self.spans = ExecutorSpans(context.emit_spans, job.job_id, secrets_of(job))
-        self.outbox = Outbox(self._ask_scheduler, self.kind, self.incarnation)
+        ask = partial(context.node.request, job.scheduler)
+        self.outbox = Outbox(ask, self.kind, self.incarnation)
         self.directives = Directives()
         self.arrivals = FileArrivals(self.directory.path)
         self._deliveries = Deliveries(context.node.transfers)
@@ -145,7 +143,7 @@ class ExecutorTraffic:
         self.slices: SlicePrefetcher | None = None
         if isinstance(job, TrainJob):
             self.slices = SlicePrefetcher(
-                self._ask_scheduler,
+                ask,
                 context.node.transfers,
                 context.cache,
                 SliceDemand(
@@ -158,7 +156,6 @@ class ExecutorTraffic:
                 ),
                 ManifestCheck(context.node.request, job.dataset, job.manifest_hash),
             )
-        self._fetches = 0
         #: a file of an executor may be as long as it likes, and the worker has some threads for all
         self._hashing = trio.CapacityLimiter(2)
 
@@ -219,9 +216,6 @@ class ExecutorTraffic:
             self.slices.start_over()
         else:
             self.slices.begin_generation()
-
-    async def _ask_scheduler(self, request: Request) -> Response:
-        return await self._context.node.request(self.job.scheduler, request)
 
     async def _gate(self, caller: str, meta: TransferMeta) -> Path:
         """Where the file goes; ``Refused`` when it may not come in. What there is no space for ends the
@@ -291,88 +285,71 @@ class ExecutorTraffic:
     async def fetch(self, resource: Reference) -> list[FetchedFile]:
         """Files of ``resource``, in a directory of their own; or the next slice."""
         if isinstance(resource, SchedulerData):
-            return [await self._next_slice(resource)]
+            if self.slices is None or not isinstance(self.job, TrainJob):
+                raise Refused("invalid", "only a training job has slices")
+            if (resource.peer, resource.dataset) != (self.job.scheduler.peer, self.job.dataset):
+                raise Refused("invalid", f"this job trains on {self.job.dataset!r} of its own scheduler")
+            return [await self.slices.next()]
         scheduler = self.job.scheduler.peer
         if isinstance(resource, Peers) and any(one.peer != scheduler for one in resource.peers):
             # others would take this worker for one that asks for the job that it does for them
             raise Refused("uninvited", "an executor fetches files from the scheduler of its own job alone")
-        self._fetches += 1
-        number = self._fetches
-        with self.directory.fetching(number) as directory:
+        with self.directory.fetching() as directory:
             paths = await self._context.connectors.fetch(resource, directory, self.job.job_id)
             return [
                 FetchedFile(
-                    path=f"artifacts/{number}/{path.relative_to(directory).as_posix()}",
+                    path=f"artifacts/{directory.name}/{path.relative_to(directory).as_posix()}",
                     size=path.stat().st_size,
                 )
                 for path in paths
             ]
 
-    async def _next_slice(self, resource: SchedulerData) -> FetchedFile:
-        if self.slices is None or not isinstance(self.job, TrainJob):
-            raise Refused("invalid", "only a training job has slices")
-        if (resource.peer, resource.dataset) != (self.job.scheduler.peer, self.job.dataset):
-            raise Refused("invalid", f"this job trains on {self.job.dataset!r} of its own scheduler")
-        return await self.slices.next()
-
     async def send(self, call: SendCall) -> Sent:
         """Send a file of the job directory to peers, or store it at a place that the owner allows."""
-        directory = isinstance(call.resource, Local)
-        if isinstance(call.resource, Local):
-            # nothing is done for what is not allowed
-            self._context.allowance.write_local(call.resource.url)
-        # in threads: there may be many files
-        pinned = self.directory.pinned(call.path, directory=directory)
-        path = await in_thread(pinned.__enter__, limiter=FILES)
-        try:
-            return await self._send_pinned(call, path)
-        finally:
-            with trio.CancelScope(shield=True):
-                await in_thread(pinned.__exit__, None, None, None, limiter=FILES)
-
-    async def _send_pinned(self, call: SendCall, path: Path) -> Sent:
         resource = call.resource
         if isinstance(resource, Local):
-            await store_local(path, resource.url, self._context.allowance, call.marker, call.keep)
-            return Sent(deliveries=(Delivery(peer=self.job.me, acknowledged=True),))
-        if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
-            raise Refused("invalid", "files are sent to peers, under a resource's name, or to a local place")
-        kind, _, prefix = resource.resource.partition("/")
-        # each once, whatever the executor asks for
-        receivers = tuple({receiver.peer: receiver for receiver in resource.peers}.values())
-        self._check_receivers(kind, receivers)
-        name = call.name or path.name
-        if call.generation is not None and call.generation != self.generation:
-            raise Refused("stale", f"generation {self.generation} of the job runs here now")
-        stamp = msgspec.structs.replace(self.stamp(), round=call.round, attempt=call.attempt)
-        try:
-            async with self._hashing:
-                sent = TransferMeta(
-                    kind=kind,
-                    name=f"{prefix}/{name}" if prefix else name,
-                    size=0,
-                    blake3=call.blake3,
-                    stamp=stamp,
-                    samples=call.samples,
-                    contributors=call.contributors,
-                    xxh3=call.xxh3,
-                )
-                meta = await with_hashes(path, sent)
-        except OSError as exc:
-            raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
-        return Sent(deliveries=await self._deliveries.deliver(path, meta, receivers, resource.strategy))
-
-    def _check_receivers(self, kind: str, receivers: tuple[PeerRef, ...]) -> None:
-        """An executor is somebody else's program: it sends nothing to those outside its job."""
-        if kind in ("update", "theta"):
-            allowed = (self._partners or frozenset()) | self._joiners
-        elif kind in ("export", "checkpoint"):
-            allowed = frozenset({self.job.scheduler.peer})
-        else:
-            raise Refused("invalid", f"there is no resource {kind!r} to send")
-        for receiver in receivers:
-            if receiver.peer not in allowed:
-                raise Refused("uninvited", f"{receiver.peer} is not to receive {kind} of this job")
+            # nothing is done for what is not allowed
+            self._context.allowance.write_local(resource.url)
+        async with self.directory.pinned(call.path, directory=isinstance(resource, Local)) as path:
+            if isinstance(resource, Local):
+                await store_local(path, resource.url, self._context.allowance, call.marker, call.keep)
+                return Sent(deliveries=(Delivery(peer=self.job.me, acknowledged=True),))
+            if not isinstance(resource, Peers) or not resource.resource or not resource.peers:
+                text = "files are sent to peers, under a resource's name, or to a local place"
+                raise Refused("invalid", text)
+            kind, _, prefix = resource.resource.partition("/")
+            # each once, whatever the executor asks for
+            receivers = tuple({receiver.peer: receiver for receiver in resource.peers}.values())
+            # an executor is somebody else's program: it sends nothing to those outside its job
+            if kind in ("update", "theta"):
+                allowed = (self._partners or frozenset()) | self._joiners
+            elif kind in ("export", "checkpoint"):
+                allowed = frozenset({self.job.scheduler.peer})
+            else:
+                raise Refused("invalid", f"there is no resource {kind!r} to send")
+            for receiver in receivers:
+                if receiver.peer not in allowed:
+                    raise Refused("uninvited", f"{receiver.peer} is not to receive {kind} of this job")
+            name = call.name or path.name
+            if call.generation is not None and call.generation != self.generation:
+                raise Refused("stale", f"generation {self.generation} of the job runs here now")
+            stamp = msgspec.structs.replace(self.stamp(), round=call.round, attempt=call.attempt)
+            try:
+                async with self._hashing:
+                    sent = TransferMeta(
+                        kind=kind,
+                        name=f"{prefix}/{name}" if prefix else name,
+                        size=0,
+                        blake3=call.blake3,
+                        stamp=stamp,
+                        samples=call.samples,
+                        contributors=call.contributors,
+                        xxh3=call.xxh3,
+                    )
+                    meta = await with_hashes(path, sent)
+            except OSError as exc:
+                raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
+            return Sent(deliveries=await self._deliveries.deliver(path, meta, receivers, resource.strategy))
 
     def report(self, event: Event) -> None:
         """Forward an event of the executor. Raises Refused (``busy``) when too many wait."""

@@ -216,11 +216,12 @@ def counted(group: Path, file: str, event: str) -> int:
 
 
 async def remove_group(group: Path) -> None:
-    """Delete it. The kernel needs a moment after the last process has gone."""
+    """Delete it, and kill whoever is in it still, wherever it has hidden from its keeper. The kernel needs a
+    moment after the last process has gone.
+    """
     for _ in range(100):
         if _removed(group):
             return
-        _kill_group(group)
         await trio.sleep(0.02)
     logger.warning("Cannot remove cgroup %s: it still has processes.", group)
 
@@ -228,20 +229,17 @@ async def remove_group(group: Path) -> None:
 def _removed(group: Path) -> bool:
     try:
         group.rmdir()
+        return True
     except FileNotFoundError:
         return True
     except OSError:
-        return False
-    return True
-
-
-def _kill_group(group: Path) -> None:
-    """Whoever is in it still, wherever it has hidden from its keeper."""
-    with contextlib.suppress(OSError):
+        pass
+    try:
         (group / "cgroup.kill").write_text("1")
-        return
-    # v1 has no such file, nor has an old v2
-    with contextlib.suppress(OSError):
-        for pid in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        # v1 has no such file, nor has an old v2
+        with contextlib.suppress(OSError):
+            for pid in (group / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+    return False

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -167,18 +167,14 @@ class Limits:
         self._project: int | None = None
         self.description = "no limits: switched off by configuration"
         if means.mode != "none":
-            parts = list(self._apply(name, resources))
-            self.description = (
-                ", ".join(parts) or "no limits: the lease reserves nothing that can be enforced"
-            )
+            self.description = self._apply(name, resources)
 
-    def _apply(self, name: str, resources: Resources) -> Iterator[str]:
-        """In words, too."""
+    def _apply(self, name: str, resources: Resources) -> str:
+        """What is in force, in words."""
         means = self._means
         if means.mode == "cgroup" and not suffice(means.cgroups):
             raise no_cgroups()
         processes = most_processes(resources.cpu, means.max_processes)
-        versions = {controller: means.version(controller) for controller in CONTROLLERS}
         try:
             if means.mode != "rlimit":
                 self.groups = make_groups(means.cgroups, name, resources, processes)
@@ -186,39 +182,33 @@ class Limits:
             if means.mode == "cgroup":
                 raise no_cgroups() from exc
             logger.warning("Cannot make cgroup %s: %s", name, exc)
-            versions = dict.fromkeys(CONTROLLERS)
-        if resources.memory:
-            if versions["memory"]:
-                yield f"{resources.memory:g} GB memory by cgroup {versions['memory']}"
-            elif _LINUX:
-                # RLIMIT_DATA counts private writable memory; RLIMIT_AS would also count CUDA's and torch's
-                # large reservations of mere address space.
-                self.rlimits = (("RLIMIT_DATA", int(resources.memory * GB)),)
-                yield f"{resources.memory:g} GB memory of each process by a resource limit"
+            means = replace(means, cgroups=CgroupPlaces())
+        size_bytes = int(resources.storage * GB)
+        if means.quotas is not None and self._directory is not None and size_bytes:
+            try:
+                self._project = means.quotas.bound(self._directory.bounded, size_bytes)
+            except OSError as exc:
+                logger.warning("The job directory is watched, as it can have no project quota: %s", exc)
+                means = replace(means, quotas=None)
+        if resources.memory and means.version("memory") is None and _LINUX:
+            # RLIMIT_DATA counts private writable memory; RLIMIT_AS would also count CUDA's and torch's
+            # large reservations of mere address space.
+            self.rlimits = (("RLIMIT_DATA", int(resources.memory * GB)),)
         if resources.cpu:
             self.threads = thread_environment(max(1, math.floor(resources.cpu)))
-            by = f"cgroup {versions['cpu']}"
-            if not versions["cpu"]:
-                self.cores = means.cores.pin(resources.cpu) if means.cores is not None else ()
-                pinned = f"affinity ({','.join(map(str, self.cores))}) and " if self.cores else ""
-                by = f"{pinned}thread counts"
-            yield f"{resources.cpu:g} cores by {by}"
-        watched = 0
-        if processes and versions["pids"]:
-            yield f"{processes} processes by cgroup {versions['pids']}"
-        elif processes and _LINUX:
-            watched = processes
-            yield f"{processes} processes, watched"
-        size_bytes = int(resources.storage * GB)
-        self.quota = Quota(size_bytes, watched)
-        if resources.storage:
-            if means.quotas is not None and self._directory is not None:
-                try:
-                    self._project = means.quotas.bound(self._directory.bounded, size_bytes)
-                except OSError as exc:
-                    logger.warning("The job directory is watched, as it can have no project quota: %s", exc)
-            by = "watched" if self._project is None else "by a project quota"
-            yield f"{resources.storage:g} GB in its directory, {by}"
+            if means.version("cpu") is None and means.cores is not None:
+                self.cores = means.cores.pin(resources.cpu)
+        self.quota = Quota(size_bytes, processes if means.version("pids") is None and _LINUX else 0)
+        by = mechanisms(means, 0.0)
+        pinned = f" ({','.join(map(str, self.cores))})" if self.cores else ""
+        parts = {
+            "memory": (resources.memory, "GB memory"),
+            "cores": (resources.cpu, f"cores{pinned}"),
+            "processes": (processes, "processes"),
+            "disk": (resources.storage, "GB in its directory"),
+        }
+        said = [f"{amount:g} {what}: {by[part]}" for part, (amount, what) in parts.items() if amount]
+        return ", ".join(said) or "no limits: the lease reserves nothing that can be enforced"
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """``inherited``, and what tells the executor how much it has."""

@@ -121,8 +121,10 @@ class Keeper(ABC):
 
 
 class StartedKeeper(Keeper):
-    def __init__(self, process: trio.Process, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream):
-        super().__init__(lifeline, output)
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        super().__init__(process.stdin, process.stdout)
         self._process = process
         self.pid = process.pid
 
@@ -145,6 +147,4 @@ async def start_keeper(launch: Launch) -> StartedKeeper:
         env=dict(launch.environment),
         start_new_session=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return StartedKeeper(process, process.stdin, process.stdout)
+    return StartedKeeper(process)

@@ -120,7 +120,8 @@ def prepare_launch(
             *(config.args or ["{SOCKET_PATH}"]),
         ]
     elif config.cmd is None:
-        own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=_torch_only(job))
+        torch_only = job.model.task == "torch" and job.preprocessor is None
+        own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=torch_only)
         command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
     else:
         command = [config.cmd, *config.args]
@@ -144,10 +145,6 @@ def prepare_launch(
         own=own,
         kind=config.kind,
     )
-
-
-def _torch_only(job: Job) -> bool:
-    return job.model.task == "torch" and job.preprocessor is None
 
 
 def _substitute(text: str, values: Mapping[str, str]) -> str:

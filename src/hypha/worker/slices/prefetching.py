@@ -75,8 +75,8 @@ AVOID_S = 30.0
 @dataclass(frozen=True)
 class SliceDemand:
     """Which slices an executor needs: those of ``dataset``, for as many as last ``prefetch_s`` seconds of
-    training, or one, in ``directory`` of the job's. ``stamp`` gives the job's current one, ``trace_of`` the trace of what
-    is requested under a stamp.
+    training, or one, in ``directory``, a part of the job's. ``stamp`` gives the job's current one,
+    ``trace_of`` the trace of what is requested under a stamp.
     """
 
     dataset: str
