@@ -34,8 +34,7 @@ from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
-from hypha.worker.jobs.execution import run_process
-from hypha.worker.jobs.jobs import Jobs
+from hypha.worker.jobs.execution import Jobs, run_process
 from hypha.worker.jobs.traffic import ExecutionContext, RunExecutor
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.given import given_leases
@@ -180,11 +179,6 @@ async def serve(
     """
     bind(worker_peer_id=node.peer_id)
     allowance = Allowance(config.allow, config.exclude_cidr)
-    if config.allow.local:
-        logger.warning(
-            "allow.local is the earlier name of two keys, and lets jobs both read and write what it lists: "
-            "write allow.local_read and allow.local_write instead."
-        )
     context = ExecutionContext(
         node=node,
         config=config,
