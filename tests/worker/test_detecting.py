@@ -44,7 +44,7 @@ def test_memory_is_the_kernels_own_total(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "version"),
+    ("own", "files", "mounts", "version"),
     [
         (
             "0::/system.slice/hypha.service\n",
@@ -54,6 +54,7 @@ def test_memory_is_the_kernels_own_total(tmp_path: Path, monkeypatch: pytest.Mon
                 "system.slice/hypha.service/memory.max": "2000000000",
                 "memory.max": "max",
             },
+            "31 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
             "v2",
         ),
         (
@@ -65,15 +66,18 @@ def test_memory_is_the_kernels_own_total(tmp_path: Path, monkeypatch: pytest.Mon
                 "memory/a/b/memory.limit_in_bytes": "2000000000",
                 "memory/memory.limit_in_bytes": "9223372036854771712",
             },
+            "32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+            "33 30 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n",
             "v1",
         ),
     ],
     ids=["v2", "v1"],
 )
-def test_a_containers_limits_count(tmp_path: Path, own: str, files: dict[str, str], version: str) -> None:
-    root = tree(
-        tmp_path, {"proc/self/cgroup": own, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
-    )
+def test_a_containers_limits_count(
+    tmp_path: Path, own: str, files: dict[str, str], mounts: str, version: str
+) -> None:
+    groups = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    root = tree(tmp_path, {"proc/self/cgroup": own, "proc/self/mountinfo": mounts, **groups})
     found = detect(tmp_path, {}, root)
     assert found.cpu == 0.5
     assert found.memory == 2.0

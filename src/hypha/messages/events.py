@@ -306,6 +306,13 @@ class Finish(Message):
 Directive = Plan | Rejoin | Members | SendModel | CloseRound | SaveCheckpoint | Export | Finish
 
 
+def slot_of(directive: Directive) -> tuple[str, str]:
+    """A newer directive replaces that of its slot. Each joiner needs theta, so ``SendModel`` counts by
+    receiver.
+    """
+    return (type(directive).__name__, directive.to.peer if isinstance(directive, SendModel) else "")
+
+
 class Steer(Message):
     """A directive for the executor of ``kind`` of a job; ``seq`` grows, an older one is ignored."""
 

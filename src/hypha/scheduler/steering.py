@@ -23,8 +23,8 @@ from hypha.messages import (
     PeerRef,
     Plan,
     SaveCheckpoint,
-    SendModel,
     Steer,
+    slot_of,
 )
 from hypha.node import Node
 from hypha.scheduler.status.round_traces import RoundTraces
@@ -63,8 +63,7 @@ class Steering:
 
     def put(self, directive: Directive) -> None:
         """Send it, and not what it supersedes."""
-        about = directive.to.peer if isinstance(directive, SendModel) else ""
-        slot = (type(directive).__name__, about)
+        slot = slot_of(directive)
         self._waiting.pop(slot, None)
         self._waiting[slot] = directive
         self._changed.set()

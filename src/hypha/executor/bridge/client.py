@@ -14,7 +14,6 @@ import contextlib
 import http.client
 import io
 import logging
-import queue
 import socket
 import threading
 import time
@@ -98,8 +97,6 @@ class BridgeClient:
         self._events: deque[tuple[Event, str | None]] = deque()
         self._lock = threading.Condition()
         self._reporting = False
-        #: on which no call is under way
-        self._idle: queue.SimpleQueue[BridgeConnection] = queue.SimpleQueue()
         self._start("status", self._report_events)
 
     def _start(self, name: str, target: Callable[[], None]) -> None:
@@ -142,15 +139,9 @@ class BridgeClient:
             return self._ask(method, path, body, traceparent())
 
     def _ask(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
-        try:
-            connection = self._idle.get_nowait()
-        except queue.Empty:
-            connection = BridgeConnection(self._socket)
-        try:
+        # calls are few: events, which are many, have a connection of their own
+        with contextlib.closing(BridgeConnection(self._socket)) as connection:
             return connection.ask(method, path, None if body is None else encode_json(body), parent)
-        finally:
-            # one that failed has closed itself, and connects again
-            self._idle.put(connection)
 
     # --- streams ------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -36,6 +37,7 @@ _GATHER_S = 1.0
 _ENOUGH = 64
 
 Post = Callable[[Sequence[FinishedSpan]], None]
+_Kind = Literal["internal", "client", "server", "producer", "consumer"]
 
 
 class Traces:
@@ -154,22 +156,28 @@ class _Span(trace.NonRecordingSpan):
         start_ns: int,
         links: Sequence[Link],
     ) -> None:
-        self._recorder = recorder
-        self._name = name
-        self._parent = parent
-        self._kind = kind
-        self._start_ns = start_ns
-        self._links = tuple(_written(link.context) for link in links)
-        self._attributes: dict[str, SpanAttribute] = {}
-        self._events: list[SpanEvent] = []
-        self._status: Literal["unset", "ok", "error"] = "unset"
-        self._error = ""
-        self._ended = False
         # chance of the process's own: the trainer's is seeded
         number = int.from_bytes(secrets.token_bytes(8)) or 1
         super().__init__(
             SpanContext(parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state)
         )
+        self._recorder = recorder
+        self._start_ns = start_ns
+        self._finished = partial(
+            FinishedSpan,
+            name=name,
+            trace_id=trace.format_trace_id(parent.trace_id),
+            span_id=trace.format_span_id(number),
+            parent_id=trace.format_span_id(parent.span_id),
+            start_ns=start_ns,
+            kind=cast("_Kind", kind.name.lower()),
+            links=tuple(_written(link.context) for link in links),
+        )
+        self._attributes: dict[str, SpanAttribute] = {}
+        self._events: list[SpanEvent] = []
+        self._status: Literal["unset", "ok", "error"] = "unset"
+        self._error = ""
+        self._ended = False
 
     def is_recording(self) -> bool:
         return not self._ended
@@ -200,32 +208,17 @@ class _Span(trace.NonRecordingSpan):
         if self._ended:
             return
         self._ended = True
+        # the machine's time may have been set back meanwhile
+        end_ns = max(self._start_ns, end_time or time.time_ns())
         self._recorder.ended(
-            FinishedSpan(
-                name=self._name,
-                trace_id=trace.format_trace_id(self._parent.trace_id),
-                span_id=trace.format_span_id(self.get_span_context().span_id),
-                parent_id=trace.format_span_id(self._parent.span_id),
-                start_ns=self._start_ns,
-                # the machine's time may have been set back meanwhile
-                end_ns=max(self._start_ns, end_time or time.time_ns()),
-                kind=_KINDS[self._kind],
+            self._finished(
+                end_ns=end_ns,
                 status=self._status,
                 error=self._error,
                 attributes=self._attributes,
                 events=tuple(self._events),
-                links=self._links,
             )
         )
-
-
-_KINDS: dict[SpanKind, Literal["internal", "client", "server", "producer", "consumer"]] = {
-    SpanKind.INTERNAL: "internal",
-    SpanKind.CLIENT: "client",
-    SpanKind.SERVER: "server",
-    SpanKind.PRODUCER: "producer",
-    SpanKind.CONSUMER: "consumer",
-}
 
 
 def _written(context: SpanContext) -> str:

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import msgspec
 import trio
 
-from hypha.messages import Directive, ReceivedFile, SendModel
+from hypha.messages import Directive, ReceivedFile, slot_of
 
 T = TypeVar("T")
 
@@ -70,11 +70,6 @@ class Feed(Generic[T]):
         return item
 
 
-def _key(directive: Directive) -> tuple[str, str]:
-    """What a newer directive replaces. Each joiner needs theta, so ``SendModel`` counts per receiver."""
-    return (type(directive).__name__, directive.to.peer if isinstance(directive, SendModel) else "")
-
-
 class Directives:
     def __init__(self) -> None:
         self._newest: dict[tuple[str, str], tuple[int, Directive]] = {}
@@ -83,7 +78,7 @@ class Directives:
 
     def put(self, seq: int, directive: Directive) -> bool:
         """Pass it on, unless one like it with the same or a higher ``seq`` has been here: then False."""
-        key = _key(directive)
+        key = slot_of(directive)
         known = self._newest.pop(key, None)
         if known is not None and known[0] >= seq:
             self._newest[key] = known

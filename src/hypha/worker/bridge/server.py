@@ -89,7 +89,7 @@ class BridgeHandlers(Protocol):
         """See ``/resources/fetch``."""
 
     async def send(self, call: SendCall) -> Sent:
-        """See ``/resources/send``; nobody may have acknowledged."""
+        """See ``/resources/send``."""
 
     def report(self, event: Event) -> None:
         """See ``/status/send``; must not block."""
@@ -146,13 +146,7 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
         return _json(await handlers.fetch(_decode(body, FetchCall).resource))
 
     async def send(body: bytes) -> Response:
-        sent = await handlers.send(_decode(body, SendCall))
-        if any(delivery.acknowledged for delivery in sent.deliveries):
-            return _json(sent)
-        refused = [delivery for delivery in sent.deliveries if delivery.error != "unreachable"]
-        worst = (refused or list(sent.deliveries))[0]
-        detail = "; ".join(f"{delivery.peer}: {delivery.detail}" for delivery in sent.deliveries)
-        return _error(409 if refused else 502, worst.error, detail)
+        return _json(await handlers.send(_decode(body, SendCall)))
 
     async def receive(body: bytes) -> Response:
         kinds = frozenset(_decode(body, ReceiveCall).kinds)

@@ -14,8 +14,8 @@ from typing import Literal
 
 import trio
 
-from hypha.errors import NetworkError, Refused
-from hypha.messages import Delivery, JobStamp, PeerRef, TransferMeta
+from hypha.errors import NetworkError, PeerUnreachable, Refused
+from hypha.messages import Delivery, JobStamp, PeerRef, Sent, TransferMeta
 from hypha.node import Transfers
 from hypha.runtime import chance
 from hypha.telemetry.instruments import BROADCAST_DURATION, UPDATE_SEND_DURATION
@@ -109,6 +109,19 @@ class Deliveries:
             text = "The %s %s was delivered within %.3f s: %d bytes."
             logger.debug(text, meta.kind, meta.name, lasted_s, meta.size, extra=fields)
         return outcome
+
+
+def settled(deliveries: tuple[Delivery, ...]) -> Sent:
+    """What is decided for all receivers. Where nobody acknowledged, raises Refused if anybody refused, else
+    PeerUnreachable.
+    """
+    if any(delivery.acknowledged for delivery in deliveries):
+        return Sent(deliveries=deliveries)
+    why = "; ".join(f"{delivery.peer}: {delivery.detail}" for delivery in deliveries)
+    for delivery in deliveries:
+        if delivery.error != "unreachable":
+            raise Refused(delivery.error, why, delivery.peer)
+    raise PeerUnreachable(deliveries[0].peer, why)
 
 
 def turn_of(stamp: JobStamp | None) -> tuple[int, int, int]:

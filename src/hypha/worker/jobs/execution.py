@@ -94,7 +94,9 @@ class Execution:
         self._context = context
         self._executor = executor
         self._stop = trio.Event()
-        self._lease_over = trio.Event()
+        self._lease_over = False
+        #: ends with the time in which its end is reported
+        self._farewell = trio.CancelScope()
         self.ended = trio.Event()
         self.reported = trio.Event()
         #: what goes in and out
@@ -110,7 +112,9 @@ class Execution:
 
     def lease_ended(self) -> None:
         """Its lease is over, so the executor is stopped, and nobody waits long for a report."""
-        self._lease_over.set()
+        self._lease_over = True
+        without_s = trio.current_time() + FAREWELL_WITHOUT_LEASE_S
+        self._farewell.deadline = min(self._farewell.deadline, without_s)
         self.stop("its lease ended")
 
     async def run(self, after: trio.Event | None = None) -> None:
@@ -141,13 +145,17 @@ class Execution:
                     path = await in_thread(self.traffic.directory.keep, ended.tail, limiter=FILES)
                     kept = True
                     logger.info("The failed executor's files are in %s.", path)
-                self.traffic.outbox.put(
-                    self.traffic.stamp(),
-                    ExecutorExited(
-                        exit_code=ended.code, tail=ended.tail, incarnation=self.traffic.incarnation
-                    ),
+                incarnation = self.traffic.incarnation
+                self.traffic.tell(
+                    ExecutorExited(exit_code=ended.code, tail=ended.tail, incarnation=incarnation)
                 )
-                await self._farewell()
+                lasts_s = FAREWELL_WITHOUT_LEASE_S if self._lease_over else FAREWELL_S
+                self._farewell.deadline = trio.current_time() + lasts_s
+                with self._farewell:
+                    await self.traffic.outbox.wait_empty()
+                    self.reported.set()
+                if not self.reported.is_set():
+                    logger.warning("The executor's end could not be reported to the scheduler.")
                 nursery.cancel_scope.cancel()
         finally:
             self.ended.set()
@@ -156,20 +164,6 @@ class Execution:
                 # an executor may have left any number of files
                 with trio.CancelScope(shield=True):
                     await in_thread(self.traffic.directory.remove, limiter=FILES)
-
-    async def _farewell(self) -> None:
-        async def shorten(scope: trio.CancelScope) -> None:
-            await self._lease_over.wait()
-            scope.deadline = min(scope.deadline, trio.current_time() + FAREWELL_WITHOUT_LEASE_S)
-
-        with trio.move_on_after(FAREWELL_S) as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(shorten, scope)
-                await self.traffic.outbox.wait_empty()
-                self.reported.set()
-                nursery.cancel_scope.cancel()
-        if not self.reported.is_set():
-            logger.warning("The executor's end could not be reported to the scheduler.")
 
     async def _run_process(self) -> Exit:
         try:
@@ -204,9 +198,7 @@ class Execution:
 
         def exceeded(excess: Excess) -> None:
             # reported before the end is, so that the scheduler knows why there is one
-            self.traffic.outbox.put(
-                self.traffic.stamp(), ExecutorError(kind=excess.kind, message=excess.message)
-            )
+            self.traffic.tell(ExecutorError(kind=excess.kind, message=excess.message))
             kill.set()
 
         with self.traffic.accepting():

@@ -51,12 +51,7 @@ class ExecutionSignals:
         #: the round that is being closed, and since when
         self._closing: tuple[int, float] | None = None
         self.round: int | None = None
-
-    @property
-    def fields(self) -> dict[str, object]:
-        """Of each line of its output: job, worker, and the round where that is known."""
-        known: dict[str, object] = {"job_id": self._job.job_id, "worker_peer_id": self._job.me}
-        return known if self.round is None else {**known, "round": self.round}
+        self._fields = {"job_id": job.job_id, "worker_peer_id": job.me}
 
     def begin(self) -> Traced | None:
         """The executor is about to be started; what it needs to know of traces."""
@@ -107,7 +102,7 @@ class ExecutionSignals:
 
     def steered(self, directive: Directive) -> None:
         what = directive if isinstance(directive, Plan | CloseRound) else type(directive).__name__
-        logger.debug("Passing on %s.", what, extra=self.fields)
+        logger.debug("Passing on %s.", what, extra=self._fields)
         if isinstance(directive, CloseRound) and (
             self._closing is None or self._closing[0] != directive.round
         ):
@@ -115,7 +110,7 @@ class ExecutionSignals:
 
     def theta_arrived(self, round_: int, size: int) -> None:
         self.round = round_
-        logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self.fields)
+        logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self._fields)
 
     def reported(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -127,7 +122,7 @@ class ExecutionSignals:
             self._progress = (reported, max(0, event.samples))
             return
         now = trio.current_time()
-        logger.debug("The executor reports %s.", str(event)[:_LONGEST], extra=self.fields)
+        logger.debug("The executor reports %s.", str(event)[:_LONGEST], extra=self._fields)
         if isinstance(event, Loaded | ModelReady) and not self._loaded:
             self._loaded = True
             metrics.EXECUTOR_LOADING.record(now - self._began, kind=self._kind)

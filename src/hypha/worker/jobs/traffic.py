@@ -58,7 +58,7 @@ from hypha.worker.bridge.spans import EmitSpans, ExecutorSpans
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.fetch.local import store_local
-from hypha.worker.jobs.deliveries import Deliveries, turn_of
+from hypha.worker.jobs.deliveries import Deliveries, settled, turn_of
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.jobs.execution_signals import ExecutionSignals
 from hypha.worker.jobs.watch import Watch
@@ -165,6 +165,10 @@ class ExecutorTraffic:
             job_id=self.job.job_id, generation=self.generation, round=self.round, attempt=self._attempt
         )
 
+    def tell(self, event: Event) -> None:
+        """Have the scheduler told of the executor what this worker knows."""
+        self.outbox.put(self.stamp(), event)
+
     def begin(self) -> None:
         """The executor is about to start: from now on it is traced."""
         self.job = msgspec.structs.replace(self.job, traced=self.signals.begin())
@@ -241,7 +245,7 @@ class ExecutorTraffic:
         if (lack := lack_of_space(self.directory.path, meta.size)) is not None:
             if self._stop("its disk is full"):
                 logger.error("%s of round %d: %s.", meta.kind, self.round, lack, extra=self.fields)
-                self.outbox.put(self.stamp(), ExecutorError(kind="disk", message=lack))
+                self.tell(ExecutorError(kind="disk", message=lack))
             raise Refused("no-space", lack)
         return self.directory.receiving(name)
 
@@ -349,7 +353,7 @@ class ExecutorTraffic:
                     meta = await with_hashes(path, sent)
             except OSError as exc:
                 raise Refused("not-found", f"{call.path} cannot be read: {exc}") from exc
-            return Sent(deliveries=await self._deliveries.deliver(path, meta, receivers, resource.strategy))
+            return settled(await self._deliveries.deliver(path, meta, receivers, resource.strategy))
 
     def report(self, event: Event) -> None:
         """Forward an event of the executor. Raises Refused (``busy``) when too many wait."""

@@ -19,7 +19,7 @@ import psutil
 
 from hypha.files.disks import existing, free_bytes
 from hypha.messages import Resources
-from hypha.worker.limits.cgroups import GB
+from hypha.worker.limits.cgroups import GB, Controller, find_cgroups
 from hypha.worker.limits.gpus import Gpu, find_gpus
 from hypha.worker.limits.usage import disk_usage
 
@@ -154,23 +154,14 @@ def _memory_limits(root: Path) -> Iterator[tuple[float, str]]:
                 yield limit, f"the limit of this process's cgroup ({version})"
 
 
-def _chain(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of the control groups that this process is in, and of those above them."""
+def _chain(root: Path, controller: Controller) -> Iterator[Path]:
+    """Directories of the control groups that this process is in, and those above them."""
     try:
-        lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
-    except OSError:
+        own = root / "proc" / "self"
+        v2, v1 = find_cgroups((own / "mountinfo").read_text(), (own / "cgroup").read_text())
+    except (OSError, ValueError):
         return
-    cgroups = root / "sys" / "fs" / "cgroup"
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            top = cgroups
-        elif controller in controllers.split(","):
-            top = cgroups / controller
-        else:
-            continue
-        place = top / path.lstrip("/")
-        while place != top and top in place.parents:
-            yield place
-            place = place.parent
-        yield top
+    for place in (v2, v1.get(controller)):
+        if place is not None:
+            for group in (place, *place.parents):
+                yield root / group.relative_to("/")

@@ -65,7 +65,7 @@ class Means:
     """
 
     mode: Mode = "auto"
-    cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
+    cgroups: CgroupPlaces = field(default_factory=dict)
     max_processes: int | None = None
     gpus: tuple[Gpu, ...] = ()
     cores: CorePins | None = None
@@ -73,7 +73,8 @@ class Means:
 
     def version(self, controller: Controller) -> str | None:
         """``v1`` or ``v2`` where a cgroup bounds what ``controller`` counts; None: another means does."""
-        return self.cgroups.version(controller) if self.mode in ("auto", "cgroup") else None
+        used = controller in self.cgroups and self.mode in ("auto", "cgroup")
+        return self.cgroups[controller][0] if used else None
 
 
 def thread_environment(count: int) -> dict[str, str]:
@@ -93,7 +94,7 @@ def no_cgroups() -> ConfigError:
 
 def suffice(places: CgroupPlaces) -> bool:
     """Whether a configuration that insists on cgroups has what it insists on."""
-    return None not in (places.version("memory"), places.version("cpu"))
+    return "memory" in places and "cpu" in places
 
 
 def most_processes(cpu: float, wanted: int | None) -> int:
@@ -182,7 +183,7 @@ class Limits:
             if means.mode == "cgroup":
                 raise no_cgroups() from exc
             logger.warning("Cannot make cgroup %s: %s", name, exc)
-            means = replace(means, cgroups=CgroupPlaces())
+            means = replace(means, cgroups={})
         size_bytes = int(resources.storage * GB)
         if means.quotas is not None and self._directory is not None and size_bytes:
             try:

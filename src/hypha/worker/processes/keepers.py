@@ -78,21 +78,18 @@ class Launch:
 class Keeper(ABC):
     """A running keeper, which holds ``lifeline``; ``output`` is what the executor and its children write."""
 
-    #: that of its process group, too
-    pid: int
+    #: that of its process group, too; 0 before it runs
+    pid = 0
+    #: its exit code, negative: the signal that killed it; None while it runs
+    code: int | None = None
 
     def __init__(self, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream) -> None:
         self._lifeline = lifeline
         self.output = output
 
-    @property
-    @abstractmethod
-    def code(self) -> int | None:
-        """Its exit code, negative: the signal that killed it; None while it runs."""
-
     @abstractmethod
     async def wait(self) -> None:
-        """Until it has ended."""
+        """Until it has ended, and :attr:`code` is known."""
 
     async def end(self) -> None:
         """Cut the lifeline: it kills everything below it, and ends. If it does not, kill its group."""
@@ -128,12 +125,8 @@ class StartedKeeper(Keeper):
         self._process = process
         self.pid = process.pid
 
-    @property
-    def code(self) -> int | None:
-        return self._process.poll()
-
     async def wait(self) -> None:
-        await self._process.wait()
+        self.code = await self._process.wait()
 
 
 async def start_keeper(launch: Launch) -> StartedKeeper:

@@ -58,9 +58,6 @@ class HostUnusable(HyphaError):
 class ForkedKeeper(Keeper):
     """A keeper that a host has forked, or is to; ``reports`` is its connection."""
 
-    pid = 0
-    code: int | None = None
-
     def __init__(self, reports: trio.socket.SocketType, lifeline: int, output: int) -> None:
         super().__init__(trio.lowlevel.FdStream(lifeline), trio.lowlevel.FdStream(output))
         self._reports = reports
