@@ -230,20 +230,28 @@ def test_groups_of_workers_that_were_killed_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hypha-new", "hypha-worker", "other-old"]
 
 
+def release(locks: dict[int, int]) -> None:
+    for lock in locks.values():
+        os.close(lock)
+
+
 def test_cores_are_handed_out_among_all_workers_of_a_machine(tmp_path: Path) -> None:
     one, other = CorePins((0, 1, 2, 3), tmp_path / "cores"), CorePins((0, 1, 2, 3), tmp_path / "cores")
-    assert one.pin(1) == (0,)
-    assert other.pin(1.5) == (1, 2)
-    assert one.pin(2) == (0, 3), "one that nobody uses, then one that is shared"
-    one.release((0, 3))
-    assert other.pin(1) == (3,)
-    assert other.pin(4) == (), "all of them: no restriction"
-    one.release((0,))
-    for cores in ((1, 2), (3,), ()):
-        other.release(cores)
+    first = one.pin(1)
+    assert sorted(first) == [0]
+    second = other.pin(1.5)
+    assert sorted(second) == [1, 2]
+    third = one.pin(2)
+    assert sorted(third) == [0, 3], "one that nobody uses, then one that is shared"
+    release(third)
+    fourth = other.pin(1)
+    assert sorted(fourth) == [3]
+    assert not other.pin(4), "all of them: no restriction"
+    for locks in (first, second, fourth):
+        release(locks)
     (tmp_path / "open").mkdir(mode=0o777)
     (tmp_path / "open").chmod(0o777)
-    assert CorePins((0, 1), tmp_path / "open").pin(1) == (), "anybody could hold its locks"
+    assert not CorePins((0, 1), tmp_path / "open").pin(1), "anybody could hold its locks"
 
 
 async def test_affinity_holds(tmp_path: Path) -> None:

@@ -376,7 +376,7 @@ def test_on_several_devices_accelerate_starts_the_training_executor(tmp_path: Pa
     module = "hypha.executor.launch"
     assert ready.argv == (sys.executable, "-m", module, str(tmp_path / "two.yaml"), socket)
     # a host has nothing to fork for it
-    assert ready.own is None
+    assert not ready.own
     directory.remove()
 
 

@@ -31,7 +31,7 @@ from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, 
 from hypha.processes import keeper
 from hypha.worker.limits.cgroups import usable_cgroups
 from hypha.worker.limits.limits import Limits, Means
-from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, Supervision, run_executor
 from hypha.worker.processes.warm import ForkedKeeper, OwnHost, SharedHost, open_host
 
@@ -72,7 +72,8 @@ def launch(bridges: Network, script: str, *options: str, **environment: str) -> 
         environment={**child_environment(run_environment()), **environment},
         work_dir=directory,
         keeper_options=options,
-        own=OwnExecutor(MODULE, torch_only=True),
+        own=MODULE,
+        torch_only=True,
     )
 
 
@@ -331,7 +332,7 @@ async def test_an_environment_of_its_own_is_started(
     caplog.set_level(logging.DEBUG, "hypha.worker.executor")
     assert await SharedHost(shared_host()).fork(launch(bridges, "", HF_HOME="/mine")) is None
     assert "not forked, but started: HF_HOME, which is read at import" in caplog.text
-    foreign = replace(launch(bridges, ""), argv=("/bin/true",), own=None)
+    foreign = replace(launch(bridges, ""), argv=("/bin/true",), own="")
     assert await SharedHost(shared_host()).fork(foreign) is None
     ended = await run_executor(foreign, trio.Event(), 1.0, supervision=Supervision(SharedHost(shared_host())))
     assert ended.code == 0
@@ -452,7 +453,7 @@ async def test_kill_9_of_the_worker_leaves_nothing(bridges: Network, tmp_path: P
 import sys, trio
 from pathlib import Path
 from hypha.config.environment import child_environment
-from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import OwnHost
 async def main():
@@ -462,7 +463,7 @@ async def main():
         while host.pid is None: await trio.sleep(0.01)
         Path({str(tmp_path / "host")!r}).write_text(f"{{host.pid}}\\n")
         made = Launch("job", {made.argv!r}, child_environment(), Path({str(made.work_dir)!r}),
-                      own=OwnExecutor({MODULE!r}, torch_only=True))
+                      own={MODULE!r}, torch_only=True)
         await run_executor(made, trio.Event(), 60.0, supervision=Supervision(host))
 trio.run(main)
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -132,7 +133,7 @@ def mechanisms(means: Means, cache_gb: float) -> dict[str, str]:
         "cores": found["cpu"],
         "processes": found["pids"],
         "gpus": f"{gpu}; memory by the cap of torch" if gpus else gpu,
-        "disk": watched if means.quotas is None else f"project quota ({means.quotas.volume.kind})",
+        "disk": watched if means.quotas is None else f"project quota ({means.quotas.kind})",
         "cache": cache,
     }
 
@@ -162,6 +163,7 @@ class Limits:
         self.groups: tuple[Path, ...] = ()
         self.rlimits: tuple[tuple[str, int], ...] = ()
         self.cores: tuple[int, ...] = ()
+        self._core_locks: dict[int, int] = {}
         #: what the worker watches itself
         self.quota = Quota()
         #: of the file system's own quota, the number there
@@ -198,7 +200,8 @@ class Limits:
         if resources.cpu:
             self.threads = thread_environment(max(1, math.floor(resources.cpu)))
             if means.version("cpu") is None and means.cores is not None:
-                self.cores = means.cores.pin(resources.cpu)
+                self._core_locks = means.cores.pin(resources.cpu)
+                self.cores = tuple(sorted(self._core_locks))
         self.quota = Quota(size_bytes, processes if means.version("pids") is None and _LINUX else 0)
         by = mechanisms(means, 0.0)
         pinned = f" ({','.join(map(str, self.cores))})" if self.cores else ""
@@ -275,8 +278,8 @@ class Limits:
         return None
 
     async def remove(self) -> None:
-        if self._means.cores is not None:
-            self._means.cores.release(self.cores)
+        while self._core_locks:
+            os.close(self._core_locks.popitem()[1])
         if self._means.quotas is not None and self._project is not None:
             self._means.quotas.release(self._project)
         for group in self.groups:

@@ -49,14 +49,6 @@ def _text(line: bytes) -> str:
 
 
 @dataclass(frozen=True)
-class OwnExecutor:
-    """That an executor is one of Hypha's own: its module, and whether it does without transformers."""
-
-    module: str
-    torch_only: bool = False
-
-
-@dataclass(frozen=True)
 class Launch:
     """Everything to start an executor with. ``secrets`` are blotted out of its output."""
 
@@ -66,8 +58,10 @@ class Launch:
     work_dir: Path
     keeper_options: Sequence[str] = ()
     secrets: tuple[str, ...] = ()
-    #: where ``argv`` is ``python -m module ...`` of Hypha's own: a host may fork it
-    own: OwnExecutor | None = None
+    #: where ``argv`` is ``python -m module ...`` of Hypha's own: that module, which a host may fork
+    own: str = ""
+    #: it does without transformers
+    torch_only: bool = False
     kind: ExecutorClass = "train"
     #: below a program that exits with 128 + N of a signal N, as shells do
     isolated: bool = False

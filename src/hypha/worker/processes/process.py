@@ -30,7 +30,6 @@ from hypha.worker.processes.keepers import (
     KILLED_WITHIN_S,
     Keeper,
     Launch,
-    OwnExecutor,
     each_line,
     start_keeper,
 )
@@ -112,7 +111,7 @@ def prepare_launch(
         "{JOB_JSON}": text,
         "{JOB_FILE}": str(job_file),
     }
-    own: OwnExecutor | None = None
+    own = ""
     if config.accelerate is not None:
         # it has a process for each device: nothing that a host could fork
         command = [
@@ -120,9 +119,8 @@ def prepare_launch(
             *(config.args or ["{SOCKET_PATH}"]),
         ]
     elif config.cmd is None:
-        torch_only = job.model.task == "torch" and job.preprocessor is None
-        own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=torch_only)
-        command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
+        own = OWN_EXECUTORS[config.kind]
+        command = [sys.executable, "-m", own, *(config.args or ["{SOCKET_PATH}"])]
     else:
         command = [config.cmd, *config.args]
     if any("{JOB_JSON}" in part for part in command) and len(text.encode()) > MAX_JOB_JSON_BYTES:
@@ -143,6 +141,7 @@ def prepare_launch(
         work_dir=directory.path,
         secrets=secrets_of(job),
         own=own,
+        torch_only=job.model.task == "torch" and job.preprocessor is None,
         kind=config.kind,
     )
 

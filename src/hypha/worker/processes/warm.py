@@ -35,7 +35,7 @@ from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
 from hypha.naming import cleaned
-from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, each_line
+from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, each_line
 
 logger = logging.getLogger("hypha.worker.executor")
 
@@ -134,10 +134,10 @@ class ExecutorHost(ABC):
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         """A running keeper; None: start it without a host. Cancelled, nothing is left of it."""
-        if launch.own is None:
+        if not launch.own:
             return None
         try:
-            keeper = await self._ask(launch, launch.own)
+            keeper = await self._ask(launch)
         except (HostUnusable, OSError) as exc:
             level = logging.DEBUG if self._warned else logging.WARNING
             logger.log(level, "Executors are started without their host: %s.", exc)
@@ -146,15 +146,15 @@ class ExecutorHost(ABC):
         self._warned = False
         return keeper
 
-    async def _ask(self, launch: Launch, own: OwnExecutor) -> ForkedKeeper | None:
+    async def _ask(self, launch: Launch) -> ForkedKeeper | None:
         request = ForkRequest(
-            module=own.module,
+            module=launch.own,
             # beyond ``python -m module``
             arguments=launch.argv[3:],
             directory=str(launch.work_dir),
             environment=dict(launch.environment),
             keeper_options=tuple(launch.keeper_options),
-            torch_only=own.torch_only,
+            torch_only=launch.torch_only,
             python=sys.executable,
             package=str(KEEPER),
             inherited=inherited_state(),
