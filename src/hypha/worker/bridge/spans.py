@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -17,6 +18,9 @@ EmitSpans = Callable[[Sequence[FinishedSpan]], None]
 WINDOW_S, SPANS_A_WINDOW = 10.0, 2000
 #: the worker's own memory holds what a collector does not take
 BYTES_A_WINDOW = 4_000_000
+
+
+_TRACE, _SPAN = re.compile("(?!0*$)[0-9a-f]{32}"), re.compile("(?!0*$)[0-9a-f]{16}")
 
 
 class ExecutorSpans:
@@ -37,6 +41,9 @@ class ExecutorSpans:
         if self._emit is None:
             raise Refused("unsupported", "this worker exports no traces")
         for span in spans:
+            known = _TRACE.fullmatch(span.trace_id) and _SPAN.fullmatch(span.span_id)
+            if not known or not _SPAN.fullmatch(span.span_id if span.parent_id is None else span.parent_id):
+                raise Refused("invalid", f"an identifier of span {span.name!r} is none in hex digits")
             if span.end_ns < span.start_ns:
                 raise Refused("invalid", f"span {span.name!r} ends before it begins")
         now = trio.current_time()

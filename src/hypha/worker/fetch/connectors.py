@@ -23,13 +23,13 @@ import trio
 from hypha.backoff import Backoff
 from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
-from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
+from hypha.errors import Refused, TransferFailed
 from hypha.files.beneath import relative_path
 from hypha.files.disks import is_disk_full
 from hypha.files.staging import StagedFile
-from hypha.messages import FileList, HuggingFace, ListFiles, Local, PeerRef, Peers, PullFile, Reference, Uri
+from hypha.messages import FileList, HuggingFace, ListFiles, Local, Peers, PullFile, Reference, Uri
 from hypha.node import Node
-from hypha.runtime import chance, in_thread
+from hypha.runtime import in_thread
 from hypha.waiting import in_words, reminded
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.local import CHUNK_BYTES, fetch_local, safe_name
@@ -92,31 +92,10 @@ class Connectors:
             raise
 
     async def _fetch_peers(self, reference: Peers, directory: Path, job_id: str) -> list[Path]:
-        """The whole resource from one peer, the next one where a peer fails. Which peers are asked first
-        is up to the strategy; files that are already here, by their hash, are not pulled again.
-        """
-        peers = list(reference.peers)
-        if reference.strategy == "random":
-            chance().shuffle(peers)
-        if not peers:
-            raise Refused("invalid", "no peer to fetch from")
-        if not reference.resource:
-            raise Refused("invalid", "fetching from peers needs the name of a resource")
-        failure: NetworkError = PeerUnreachable(peers[0].peer, "not tried")
-        have: dict[str, str] = {}
-        for peer in peers:
-            try:
-                return await self._fetch_resource(peer, reference.resource, directory, job_id, have)
-            except NetworkError as exc:
-                failure = exc
-                fields = {"peer_id": peer.peer}
-                logger.warning("Fetching %s failed: %s", reference.resource, exc, extra=fields)
-        raise failure
-
-    async def _fetch_resource(
-        self, peer: PeerRef, resource: str, directory: Path, job_id: str, have: dict[str, str]
-    ) -> list[Path]:
-        kind, _, name = resource.partition("/")
+        """The whole resource, from the first of the peers: an executor may name its scheduler alone."""
+        if not reference.peers or not reference.resource:
+            raise Refused("invalid", "fetching from peers needs a peer, and the name of a resource")
+        peer, (kind, _, name) = reference.peers[0], reference.resource.partition("/")
         listing = ListFiles(kind=kind, name=name, job_id=job_id)
         answer = await self._node.request(peer, listing, timeout_s=30.0)
         if not isinstance(answer, FileList):
@@ -131,12 +110,10 @@ class Connectors:
             except ValueError as exc:
                 raise Refused("invalid", f"a file is called {meta.name!r}", peer.peer) from exc
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if have.get(relative) != meta.blake3:
-                full = f"{name}/{relative}" if name else relative
-                what = PullFile(kind=kind, name=full, job_id=job_id)
-                limit = self._allowance.max_file_bytes
-                await self._node.transfers.pull(peer, what, path, meta, limit)
-                have[relative] = meta.blake3
+            full = f"{name}/{relative}" if name else relative
+            what = PullFile(kind=kind, name=full, job_id=job_id)
+            limit = self._allowance.max_file_bytes
+            await self._node.transfers.pull(peer, what, path, meta, limit)
             path.chmod(0o600)
             paths.append(path)
         return paths
