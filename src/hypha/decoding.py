@@ -28,7 +28,9 @@ def decode(read: Callable[[Input], T], data: Input) -> T:
     try:
         return read(data)
     except Exception as exc:
-        raise Undecodable(_reason(exc)) from exc
+        text = str(exc).encode("utf-8", "replace").decode()
+        text = " ".join(text[: 2 * MAX_REASON].split())[:MAX_REASON]
+        raise Undecodable(text or type(exc).__name__) from exc
 
 
 def decode_json(text: bytes | str, kind: type[T]) -> T:
@@ -43,9 +45,3 @@ def decode_json(text: bytes | str, kind: type[T]) -> T:
         return value
 
     return decode(read, text)
-
-
-def _reason(exc: Exception) -> str:
-    text = str(exc).encode("utf-8", "replace").decode()
-    text = " ".join(text[: 2 * MAX_REASON].split())[:MAX_REASON]
-    return text or type(exc).__name__

@@ -69,6 +69,7 @@ from hypha.worker.bridge.server import (
     serve_bridge,
 )
 from hypha.worker.bridge.spans import ExecutorSpans
+from hypha.worker.jobs.deliveries import settled
 from hypha.worker.jobs.directory import JobDirectory
 
 
@@ -110,9 +111,9 @@ class FileHandlers:
         raise RuntimeError("a bug")
 
     async def send(self, call: SendCall) -> Sent:
-        with self.directory.pinned(call.path):
+        async with self.directory.pinned(call.path):
             pass
-        return Sent(deliveries=self.outcomes)
+        return settled(self.outcomes)
 
     def report(self, event: Event) -> None:
         if self.full:

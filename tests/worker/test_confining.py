@@ -13,7 +13,7 @@ from hypha.config.environment import child_environment
 from hypha.messages import Resources
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.gpus import Gpu, GpuShare
-from hypha.worker.limits.limits import Confined, Means
+from hypha.worker.limits.limits import Limits, Means
 from hypha.worker.limits.usage import Excess
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, run_executor
@@ -35,10 +35,10 @@ FITS = """
 """
 
 
-async def run(directory: JobDirectory, confined: Confined, script: str) -> tuple[Exit, list[Excess]]:
+async def run(directory: JobDirectory, limits: Limits, script: str) -> tuple[Exit, list[Excess]]:
     """As an execution does."""
     argv = (sys.executable, "-c", textwrap.dedent(script))
-    launch = Launch("job", argv, confined.environment(child_environment()), directory.path)
+    launch = Launch("job", argv, limits.environment(child_environment()), directory.path)
     kill, told = trio.Event(), list[Excess]()
 
     def exceeded(excess: Excess) -> None:
@@ -46,12 +46,12 @@ async def run(directory: JobDirectory, confined: Confined, script: str) -> tuple
         kill.set()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(confined.watch, exceeded)
+        nursery.start_soon(limits.watch, exceeded)
         with trio.fail_after(30):
-            ended = await run_executor(confined.launch(launch), trio.Event(), 1.0, kill=kill)
+            ended = await run_executor(limits.launch(launch), trio.Event(), 1.0, kill=kill)
         nursery.cancel_scope.cancel()
-    confined.judge(ended.code != 0 and not ended.stopped)
-    await confined.limits.remove()
+    limits.judge(ended.code != 0 and not ended.stopped)
+    await limits.remove()
     return ended, told
 
 
@@ -65,30 +65,30 @@ async def run(directory: JobDirectory, confined: Confined, script: str) -> tuple
 async def test_too_much_is_ended_and_told(tmp_path: Path, script: str, resource: str, text: str) -> None:
     directory = JobDirectory.create(tmp_path)
     means = Means(mode="rlimit", max_processes=9)
-    confined = Confined(means, "hypha-x", Resources(storage=0.001), GpuShare(), directory)
-    ended, told = await run(directory, confined, script)
+    limits = Limits(means, "hypha-x", Resources(storage=0.001), GpuShare(), directory)
+    ended, told = await run(directory, limits, script)
     directory.remove()
     assert (ended.code, ended.stopped) == (-9, False)
     assert [one.resource for one in told] == [resource]
     assert text in told[0].message
-    assert confined.excess == told[0]
+    assert limits.excess == told[0]
 
 
 async def test_what_fits_is_nobodys_business(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
-    confined = Confined(Means(mode="rlimit"), "hypha-x", Resources(storage=0.001), GpuShare(), directory)
-    ended, told = await run(directory, confined, FITS)
+    limits = Limits(Means(mode="rlimit"), "hypha-x", Resources(storage=0.001), GpuShare(), directory)
+    ended, told = await run(directory, limits, FITS)
     directory.remove()
-    assert (ended.code, told, confined.excess) == (7, [], None)
+    assert (ended.code, told, limits.excess) == (7, [], None)
 
 
 def test_its_environment_names_its_own_gpus(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
     gpus = tuple(Gpu("nvidia", name, "A10", 24 * 10**9, "here") for name in "0123")
     share = GpuShare((2, 3), 12.0)
-    confined = Confined(Means(gpus=gpus), "hypha-x", Resources(cpu=2), share, directory)
+    limits = Limits(Means(gpus=gpus), "hypha-x", Resources(cpu=2), share, directory)
     inherited = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "PATH": "/bin", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
-    found = confined.environment(inherited)
+    found = limits.environment(inherited)
     directory.remove()
     assert found["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert found["HYPHA_GPU_MEMORY_BYTES"] == "12000000000"

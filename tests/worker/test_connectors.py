@@ -1,4 +1,4 @@
-"""Files of peers: the next peer where one fails, and no name that leaves the directory."""
+"""Files of peers: whole or not at all, and no name that leaves the directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.disks import small_disks
 from tests.support.hub import Answer, http_server
 
 from hypha.config.models import AllowConfig
-from hypha.errors import PeerUnreachable, Refused, TransferFailed
+from hypha.errors import PeerUnreachable, Refused
 from hypha.messages import (
     FileList,
     ListFiles,
@@ -30,7 +30,7 @@ from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 
 FILES = {"config.json": b"{}", "sub/vocab.txt": b"words"}
-A, B = PeerRef(peer="a"), PeerRef(peer="b")
+A = PeerRef(peer="a")
 
 
 class Servers:
@@ -71,7 +71,7 @@ async def fetch(
 ) -> dict[str, bytes]:
     rules = Allowance(AllowConfig.model_validate({"max_file_gb": 1.0, **limits}))
     connectors = Connectors(rules, SimpleNamespace(request=servers.ask, transfers=servers))  # type: ignore[arg-type]
-    paths = await connectors.fetch(Peers(peers=(A, B), resource=resource), directory, "job")
+    paths = await connectors.fetch(Peers(peers=(A,), resource=resource), directory, "job")
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -87,16 +87,10 @@ async def test_checkpoint_of_a_round(tmp_path: Path) -> None:
     assert servers.pulled[0] == ("a", "12/config.json")
 
 
-async def test_next_peer_pulls_only_what_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "sub/vocab.txt"])
+async def test_a_peer_that_fails_is_an_error(tmp_path: Path, name: str) -> None:
     servers = Servers(FILES)
-    servers.troubles["a", "sub/vocab.txt"] = TransferFailed("a", "sub/vocab.txt", "cut")
-    assert await fetch(servers, tmp_path) == FILES
-    assert servers.pulled == [("a", "config.json"), ("a", "sub/vocab.txt"), ("b", "sub/vocab.txt")]
-
-
-async def test_no_peer_is_an_error(tmp_path: Path) -> None:
-    servers = Servers(FILES)
-    servers.troubles = {(peer, ""): PeerUnreachable(peer, "down") for peer in "ab"}
+    servers.troubles["a", name] = PeerUnreachable("a", "down")
     with pytest.raises(PeerUnreachable):
         await fetch(servers, tmp_path)
 
@@ -123,7 +117,7 @@ async def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
         pytest.skip("needs root, to mount a small disk")
     (tmp_path / "weights").write_bytes(bytes(3 << 20))
     with small_disks(tmp_path, "disk", megabytes=4) as (disk,), http_server(_weights) as base:
-        rules = Allowance(AllowConfig(local=[f"{tmp_path}/*"], uri=[f"{base}/*"], max_file_gb=1.0))
+        rules = Allowance(AllowConfig(local_read=[f"{tmp_path}/*"], uri=[f"{base}/*"], max_file_gb=1.0))
         servers = Servers(FILES)
         connectors = Connectors(rules, SimpleNamespace(request=servers.ask, transfers=servers))  # type: ignore[arg-type]
         disk.fill()

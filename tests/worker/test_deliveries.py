@@ -10,7 +10,7 @@ import trio.testing
 
 from hypha.errors import Refused, TransferFailed
 from hypha.messages import Delivery, JobStamp, PeerRef, TransferMeta
-from hypha.worker.jobs.files import GIVE_UP_AFTER_S, Deliveries
+from hypha.worker.jobs.deliveries import GIVE_UP_AFTER_S, Deliveries
 
 FILE = Path("theta")
 A, B, C = (PeerRef(peer=name) for name in "abc")

@@ -32,13 +32,19 @@ def test_without_limits_it_is_all_there_is(tmp_path: Path) -> None:
     assert found.describe()["gpu"] == "none"
 
 
-def test_memory_is_the_kernels_own_total(tmp_path: Path) -> None:
-    found = detect(tmp_path, {}, tree(tmp_path, {"proc/meminfo": "MemTotal:  1000000 kB\nMemFree: 5 kB\n"}))
+def test_memory_is_the_kernels_own_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = dict.fromkeys(
+        ("MemFree", "Buffers", "Cached", "Active", "Inactive", "MemAvailable", "Shmem", "Slab"), 5
+    )
+    lines = [f"{name}:  {amount} kB\n" for name, amount in {"MemTotal": 1000000, **memory}.items()]
+    root = tree(tmp_path, {"proc/meminfo": "".join(lines)})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(root / "proc"))
+    found = detect(tmp_path, {}, root)
     assert (found.memory, found.memory_by) == (1.024, "all of this machine")
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "version"),
+    ("own", "files", "mounts", "version"),
     [
         (
             "0::/system.slice/hypha.service\n",
@@ -48,6 +54,7 @@ def test_memory_is_the_kernels_own_total(tmp_path: Path) -> None:
                 "system.slice/hypha.service/memory.max": "2000000000",
                 "memory.max": "max",
             },
+            "31 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
             "v2",
         ),
         (
@@ -59,15 +66,18 @@ def test_memory_is_the_kernels_own_total(tmp_path: Path) -> None:
                 "memory/a/b/memory.limit_in_bytes": "2000000000",
                 "memory/memory.limit_in_bytes": "9223372036854771712",
             },
+            "32 30 0:28 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
+            "33 30 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n",
             "v1",
         ),
     ],
     ids=["v2", "v1"],
 )
-def test_a_containers_limits_count(tmp_path: Path, own: str, files: dict[str, str], version: str) -> None:
-    root = tree(
-        tmp_path, {"proc/self/cgroup": own, **{f"sys/fs/cgroup/{name}": text for name, text in files.items()}}
-    )
+def test_a_containers_limits_count(
+    tmp_path: Path, own: str, files: dict[str, str], mounts: str, version: str
+) -> None:
+    groups = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    root = tree(tmp_path, {"proc/self/cgroup": own, "proc/self/mountinfo": mounts, **groups})
     found = detect(tmp_path, {}, root)
     assert found.cpu == 0.5
     assert found.memory == 2.0

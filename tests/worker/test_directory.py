@@ -123,24 +123,24 @@ def test_an_executor_cannot_make_what_nobody_can_remove(tmp_path: Path, end: str
     assert (outside / "file").read_text() == "stays"
 
 
-def test_a_directory_is_sent_only_while_it_is_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_directory_is_sent_only_while_it_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(beneath, "MAX_LINKED", 100)
     directory = JobDirectory.create(tmp_path / "work")
     many, deep = directory.part("outgoing") / "many", directory.part("outgoing") / "deep"
     many.mkdir()
     for number in range(beneath.MAX_LINKED):
         (many / str(number)).touch()
-    with directory.pinned("outgoing/many", directory=True) as path:
+    async with directory.pinned("outgoing/many", directory=True) as path:
         assert len(list(path.iterdir())) == beneath.MAX_LINKED
     (many / "one-more").touch()
     deep.mkdir()
     nested(deep, beneath.MAX_DEPTH + 1)
     for name in ("many", "deep"):
-        with (
-            pytest.raises(Refused, match="more than 100 files"),
-            directory.pinned(f"outgoing/{name}", True),
-        ):
-            pass
+        with pytest.raises(Refused, match="more than 100 files"):
+            async with directory.pinned(f"outgoing/{name}", True):
+                pass
     directory.remove()
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -184,7 +184,7 @@ def secret(tmp_path: Path) -> Path:
         ("a\0b", False),
     ],
 )
-def test_what_is_sent_lies_in_the_job_directory_and_no_link_leads_out(
+async def test_what_is_sent_lies_in_the_job_directory_and_no_link_leads_out(
     tmp_path: Path, name: str, whole: bool
 ) -> None:
     directory = JobDirectory.create(tmp_path / "work")
@@ -195,19 +195,20 @@ def test_what_is_sent_lies_in_the_job_directory_and_no_link_leads_out(
     (directory.path / "outgoing" / "deep" / "link").symlink_to(owner / "key")
     os.mkfifo(directory.path / "outgoing" / "fifo")
     os.mknod(directory.path / "outgoing" / "socket", stat.S_IFSOCK | 0o600)
-    with pytest.raises(Refused), directory.pinned(name, directory=whole):
-        pytest.fail("it was opened")
+    with pytest.raises(Refused):
+        async with directory.pinned(name, directory=whole):
+            pytest.fail("it was opened")
     directory.remove()
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_what_is_sent_stays_what_it_was_however_its_name_changes(tmp_path: Path) -> None:
+async def test_what_is_sent_stays_what_it_was_however_its_name_changes(tmp_path: Path) -> None:
     """Between the moment in which a path is looked at and that in which it is read."""
     directory = JobDirectory.create(tmp_path / "work")
     owner = secret(tmp_path)
     update = directory.path / "outgoing" / "update"
     update.write_text("mine")
-    with directory.pinned("outgoing/update") as pinned:
+    async with directory.pinned("outgoing/update") as pinned:
         update.unlink()
         update.symlink_to(owner / "key")
         assert (pinned.name, pinned.read_text()) == ("update", "mine")
@@ -217,7 +218,7 @@ def test_what_is_sent_stays_what_it_was_however_its_name_changes(tmp_path: Path)
     (checkpoint / "deep" / "state.json").write_text("{}")
     (checkpoint / "link").symlink_to(owner / "key")
     (checkpoint / "away").symlink_to(owner)
-    with directory.pinned("outgoing/checkpoint-1", directory=True) as pinned:
+    async with directory.pinned("outgoing/checkpoint-1", directory=True) as pinned:
         names = sorted(path.relative_to(pinned).as_posix() for path in pinned.rglob("*"))
         assert names == ["deep", "deep/state.json"]
     assert (checkpoint / "deep" / "state.json").read_text() == "{}"
@@ -236,7 +237,7 @@ def test_what_comes_in_does_not_follow_a_link_of_the_executor(tmp_path: Path, pa
         with pytest.raises(Refused, match="incoming/key"):
             directory.deliver(received)
     else:
-        with pytest.raises(Refused, match="artifacts/1"), directory.fetching(1) as fetched:
+        with pytest.raises(Refused, match="artifacts/1"), directory.fetching() as fetched:
             (fetched / "key").write_text("theirs")
     assert [path.name for path in owner.iterdir()] == ["key"]
     assert (owner / "key").read_text() == "the owner's"
@@ -245,11 +246,11 @@ def test_what_comes_in_does_not_follow_a_link_of_the_executor(tmp_path: Path, pa
 
 def test_what_is_fetched_is_not_seen_before_it_is_whole(tmp_path: Path) -> None:
     directory = JobDirectory.create(tmp_path)
-    with directory.fetching(1) as fetched:
+    with directory.fetching() as fetched:
         (fetched / "config.json").write_text("{}")
         assert list(directory.part("artifacts").iterdir()) == []
     assert (directory.part("artifacts") / "1" / "config.json").read_text() == "{}"
-    with pytest.raises(OSError, match="cut"), directory.fetching(2) as fetched:
+    with pytest.raises(OSError, match="cut"), directory.fetching() as fetched:
         raise OSError("cut")
     assert [path.name for path in directory.part("artifacts").iterdir()] == ["1"]
     directory.remove()

@@ -99,7 +99,7 @@ async def test_half_of_a_slice_from_one_data_node_and_the_rest_from_another(
             with trio.fail_after(30):
                 found = await fetcher.next()
             nursery.cancel_scope.cancel()
-        assert found.path.read_bytes() == slice_.read_bytes()
+        assert (tmp_path / found.path).read_bytes() == slice_.read_bytes()
         rest, got = second.transfers.tally.sent, worker.transfers.tally.received
         assert len(proxy.passed) == (3 if spoilt else 2)
         if spoilt:

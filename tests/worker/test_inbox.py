@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import msgspec
 import pytest
 
+from hypha.config.models import ExecutorConfig
 from hypha.errors import Refused
-from hypha.messages import JobStamp, TransferMeta
-from hypha.worker.bridge.feeds import FileArrivals
-from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.jobs.files import MAX_WAITING, ExecutorInbox
+from hypha.messages import (
+    AggregateJob,
+    ExecutorDescriptor,
+    JobStamp,
+    Members,
+    ModelSpec,
+    PeerRef,
+    TransferMeta,
+)
+from hypha.node import Arrived, Gate
+from hypha.rules.leases import Lease
+from hypha.worker.jobs.traffic import MAX_WAITING, ExecutionContext, ExecutorTraffic
+
+
+class Accepting:
+    """The files that a node accepts."""
+
+    gate: Gate
+    arrived: Arrived
+
+    def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
+        self.gate, self.arrived = gate, arrived
+        return lambda: None
 
 
 class Setting:
+    """An executor of the job's generation 3, which ``senders`` may send to."""
+
     def __init__(self, tmp_path: Path) -> None:
-        self.directory = JobDirectory.create(tmp_path)
-        self.arrivals = FileArrivals(self.directory.path)
-        self.senders: frozenset[str] | None = frozenset({"ps"})
-        stamp = JobStamp(job_id="job", generation=3)
-        self.inbox = ExecutorInbox(
-            lambda: stamp, self.directory, self.arrivals, lambda: self.senders, max_bytes=100
+        transfers = Accepting()
+        context = SimpleNamespace(
+            node=SimpleNamespace(transfers=transfers, request=print),
+            config=SimpleNamespace(work_dir=tmp_path, hang_s=60.0),
+            allowance=SimpleNamespace(max_file_bytes=100),
+            emit_spans=None,
         )
+        lease = cast(Lease, SimpleNamespace(lease_id="lease"))
+        job = AggregateJob(
+            job_id="job",
+            generation=3,
+            executor=ExecutorDescriptor(kind="aggregate", name="some"),
+            me="me",
+            scheduler=PeerRef(peer="scheduler"),
+            model=ModelSpec(task="torch", entrypoint="a:b"),
+        )
+        executor = ExecutorConfig(kind="aggregate", name="some")
+        self.traffic = ExecutorTraffic(
+            cast(ExecutionContext, context), lease, job, executor, lambda reason: True
+        )
+        self.directory = self.traffic.directory
+        with self.traffic.accepting():
+            self.inbox = transfers
+        self.steerings = 0
+
+    def let_send(self, *senders: str) -> None:
+        self.steerings += 1
+        members = Members(round=0, peers=tuple(PeerRef(peer=peer) for peer in senders))
+        self.traffic.steer(self.steerings, members)
 
     async def send(self, caller: str, meta: TransferMeta) -> Path:
         path = await self.inbox.gate(caller, meta)
@@ -51,8 +98,11 @@ def theta(
 
 
 @pytest.fixture
-def setting(tmp_path: Path) -> Setting:
-    return Setting(tmp_path)
+async def setting(tmp_path: Path) -> Setting:
+    made = Setting(tmp_path)
+    assert await made.code("ps", theta()) == "busy", "nobody knows yet who takes part"
+    made.let_send("ps")
+    return made
 
 
 async def test_refusals(setting: Setting) -> None:
@@ -66,10 +116,8 @@ async def test_refusals(setting: Setting) -> None:
     assert await setting.code("ps", theta(hash_="../../x")) == "malformed"
     unchecked = msgspec.structs.replace(theta(), xxh3="", blake3="0" * 64)
     assert await setting.code("ps", unchecked) == "malformed"
-    setting.senders = frozenset()
+    setting.let_send()
     assert await setting.code("ps", theta()) == "uninvited"
-    setting.senders = None
-    assert await setting.code("ps", theta()) == "busy"
 
 
 async def test_one_that_waits_is_not_taken_twice_one_worked_off_is(setting: Setting) -> None:
@@ -82,7 +130,7 @@ async def test_one_that_waits_is_not_taken_twice_one_worked_off_is(setting: Sett
 async def test_older_rounds_of_the_same_sender_are_stale(setting: Setting) -> None:
     await setting.send("ps", theta(5))
     assert await setting.code("ps", theta(4)) == "stale"
-    setting.senders = frozenset({"other"})  # a new parameter server goes on from a checkpoint
+    setting.let_send("other")  # a new parameter server goes on from a checkpoint
     assert await setting.code("other", theta(2)) is None
 
 
@@ -96,7 +144,7 @@ async def test_the_same_theta_for_another_attempt_is_no_duplicate(setting: Setti
 
 
 async def test_names_never_clash(setting: Setting) -> None:
-    setting.senders = frozenset({"a", "b"})
+    setting.let_send("a", "b")
     paths = {
         await setting.send("a", theta(1)),
         await setting.send("b", theta(1)),

@@ -311,9 +311,9 @@ def test_it_is_started_cold_and_gpus_are_for_who_pays(place: Place, monkeypatch:
     )
     own = place.executor.model_copy(update={"cmd": None})
     made = prepare_launch(own, train_job(), place.directory, child_environment())
-    assert made.own is not None
+    assert made.own
     for visible, shown in (("0", True), ("", False)):
         environment = {**made.environment, "CUDA_VISIBLE_DEVICES": visible}
         launch = isolate(replace(made, environment=environment), own, place.directory, place.config)
-        assert launch.own is None
+        assert not launch.own
         assert ("/dev/nvidia0" in launch.argv) is shown

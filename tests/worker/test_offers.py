@@ -18,7 +18,7 @@ from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.events import RenewAsked, RequestReceived, SendOffer
 from hypha.worker.leasing.service import MAX_LOGGED, LeaseService
 from hypha.worker.leasing.terms import WorkerCapacity
-from hypha.worker.signals import prices
+from hypha.worker.node import prices
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
 

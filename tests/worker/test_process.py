@@ -32,11 +32,11 @@ from hypha.messages import (
     PreprocessorSpec,
     TrainJob,
 )
+from hypha.telemetry.logs import ContextFilter, bind
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
-from hypha.worker.processes.keepers import KEEPER, Launch
+from hypha.worker.processes.keepers import KEEPER, MAX_LINE_BYTES, Launch
 from hypha.worker.processes.process import (
-    MAX_LINE_BYTES,
     TAIL_LINES,
     Supervision,
     prepare_launch,
@@ -376,7 +376,7 @@ def test_on_several_devices_accelerate_starts_the_training_executor(tmp_path: Pa
     module = "hypha.executor.launch"
     assert ready.argv == (sys.executable, "-m", module, str(tmp_path / "two.yaml"), socket)
     # a host has nothing to fork for it
-    assert ready.own is None
+    assert not ready.own
     directory.remove()
 
 
@@ -480,7 +480,9 @@ async def test_each_line_of_output_says_of_which_job_worker_and_round_it_is(
         print("WARNING it is slow", flush=True)
         time.sleep(60)
     """
-    made = replace(launch(tmp_path, script), output_fields=lambda: fields, kind="aggregate")
+    made = replace(launch(tmp_path, script), kind="aggregate")
+    caplog.handler.addFilter(ContextFilter())
+    bind(job_id="job-1", worker_peer_id="W")
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(run_executor, made, stop, 1.0, supervision=supervision))

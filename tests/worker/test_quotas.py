@@ -13,7 +13,7 @@ import pytest
 from hypha.config.environment import variable
 from hypha.files.beneath import directory_below
 from hypha.worker.limits import quotas
-from hypha.worker.limits.quotas import ProjectQuotas, Volume, find_volume, set_project, usable_quotas
+from hypha.worker.limits.quotas import ProjectQuotas, find_volume, set_project, usable_quotas
 
 MOUNTS = """\
 22 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw,prjquota
@@ -27,22 +27,22 @@ MOUNTS = """\
 @pytest.mark.parametrize(
     ("directory", "found"),
     [
-        ("/var/lib/hypha", Volume("ext4", "/dev/sda1")),
-        ("/data/work", Volume("xfs", "/dev/sdb1")),
-        ("/data", Volume("xfs", "/dev/sdb1")),
-        ("/database", Volume("ext4", "/dev/sda1")),
+        ("/var/lib/hypha", ("ext4", "/dev/sda1")),
+        ("/data/work", ("xfs", "/dev/sdb1")),
+        ("/data", ("xfs", "/dev/sdb1")),
+        ("/database", ("ext4", "/dev/sda1")),
         ("/data/plain/work", None),
         ("/tmp/work", None),
-        ("/with space/work", Volume("xfs", "/dev/sdd1")),
+        ("/with space/work", ("xfs", "/dev/sdd1")),
     ],
 )
-def test_the_file_system_of_a_directory(directory: str, found: Volume | None) -> None:
+def test_the_file_system_of_a_directory(directory: str, found: tuple[str, str] | None) -> None:
     assert find_volume(directory, MOUNTS) == found
 
 
 def test_a_device_without_quotas_says_so() -> None:
     with pytest.raises(OSError, match="quotactl of /dev/null") as caught:
-        ProjectQuotas(Volume("ext4", "/dev/null")).used_bytes(1)
+        ProjectQuotas("ext4", "/dev/null").used_bytes(1)
     assert caught.value.errno in (errno.ENOTBLK, errno.ENOSYS, errno.EPERM)
 
 

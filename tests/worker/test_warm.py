@@ -29,9 +29,9 @@ from hypha.config.models import ExecutorConfig, WorkerConfig
 from hypha.executor import host as host_module
 from hypha.messages import ExecutorDescriptor, ForkRequest, ModelSpec, PeerRef, Resources, TrainJob
 from hypha.processes import keeper
-from hypha.worker.limits.cgroups import CgroupPlaces, usable_cgroups
-from hypha.worker.limits.limits import Limits, Means, apply_limits
-from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.limits.cgroups import usable_cgroups
+from hypha.worker.limits.limits import Limits, Means
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit, Supervision, run_executor
 from hypha.worker.processes.warm import ForkedKeeper, OwnHost, SharedHost, open_host
 
@@ -72,15 +72,17 @@ def launch(bridges: Network, script: str, *options: str, **environment: str) -> 
         environment={**child_environment(run_environment()), **environment},
         work_dir=directory,
         keeper_options=options,
-        own=OwnExecutor(MODULE, torch_only=True),
+        own=MODULE,
+        torch_only=True,
     )
 
 
 class Sure(SharedHost):
     """Fails where an executor would be started instead. The host of a busy machine takes long to import."""
 
-    def _patience_s(self) -> float:
-        return 100.0
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.patience_s = 100.0
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         keeper = await super().fork(launch)
@@ -226,9 +228,9 @@ async def test_cancelled_nothing_is_left(bridges: Network) -> None:
 
 async def test_resource_limits_hold(bridges: Network) -> None:
     # more than what is shared with the host, which counts as well
-    limits = apply_limits(Means("rlimit", CgroupPlaces()), "x", Resources(memory=1))
+    limits = Limits(Means("rlimit", {}), "x", Resources(memory=1))
     script = textwrap.dedent(EATS).replace("range(40)", "range(100)")
-    ended = await run(launch(bridges, script, *limits.launch_options()))
+    ended = await run(limits.launch(launch(bridges, script)))
     assert ended.code, ended.tail
     assert "MemoryError" in ended.tail
     assert "ate it all" in (await run(launch(bridges, EATS + "    import os; os._exit(0)"))).tail
@@ -237,15 +239,13 @@ async def test_resource_limits_hold(bridges: Network) -> None:
 @pytest.mark.real
 async def test_cgroups_hold(bridges: Network) -> None:
     places = usable_cgroups()
-    if places.v2 is None and "memory" not in places.v1:
+    if "memory" not in places:
         pytest.skip("no writable cgroup with the memory controller here")
-    limits: Limits = apply_limits(
-        Means("cgroup", places), f"hypha-warm-{os.getpid()}", Resources(cpu=1, memory=0.2)
-    )
+    limits = Limits(Means("cgroup", places), f"hypha-warm-{os.getpid()}", Resources(cpu=1, memory=0.2))
     try:
-        ended = await run(launch(bridges, EATS, *limits.launch_options()))
+        ended = await run(limits.launch(launch(bridges, EATS)))
         assert ended.code == -9, ended.tail
-        assert "want of memory (its limits: 0.2 GB memory by cgroup" in str(limits.denied())
+        assert "want of memory (its limits: 0.2 GB memory: cgroup" in str(limits.denied())
     finally:
         await limits.remove()
 
@@ -332,7 +332,7 @@ async def test_an_environment_of_its_own_is_started(
     caplog.set_level(logging.DEBUG, "hypha.worker.executor")
     assert await SharedHost(shared_host()).fork(launch(bridges, "", HF_HOME="/mine")) is None
     assert "not forked, but started: HF_HOME, which is read at import" in caplog.text
-    foreign = replace(launch(bridges, ""), argv=("/bin/true",), own=None)
+    foreign = replace(launch(bridges, ""), argv=("/bin/true",), own="")
     assert await SharedHost(shared_host()).fork(foreign) is None
     ended = await run_executor(foreign, trio.Event(), 1.0, supervision=Supervision(SharedHost(shared_host())))
     assert ended.code == 0
@@ -441,7 +441,7 @@ async def test_a_host_that_does_not_answer_is_replaced(
         first = host.pid
         assert first is not None
         os.kill(first, signal.SIGSTOP)
-        monkeypatch.setattr("hypha.worker.processes.warm.IMPORTS_WITHIN_S", 0.2)
+        monkeypatch.setattr(host, "patience_s", 0.2)
         assert await host.fork(launch(bridges, "")) is None
         assert "it has not answered for 0.2 s" in caplog.text
         await until(lambda: not running(first))
@@ -453,7 +453,7 @@ async def test_kill_9_of_the_worker_leaves_nothing(bridges: Network, tmp_path: P
 import sys, trio
 from pathlib import Path
 from hypha.config.environment import child_environment
-from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import OwnHost
 async def main():
@@ -463,7 +463,7 @@ async def main():
         while host.pid is None: await trio.sleep(0.01)
         Path({str(tmp_path / "host")!r}).write_text(f"{{host.pid}}\\n")
         made = Launch("job", {made.argv!r}, child_environment(), Path({str(made.work_dir)!r}),
-                      own=OwnExecutor({MODULE!r}, torch_only=True))
+                      own={MODULE!r}, torch_only=True)
         await run_executor(made, trio.Event(), 60.0, supervision=Supervision(host))
 trio.run(main)
 """

@@ -19,7 +19,7 @@ def patience(hang_s: float, shorter_s: float | None = None, cmd: str | None = No
     """Of an executor, started at 0, whose worker and whose job have these bounds."""
     worker = WorkerConfig.model_construct(hang_s=hang_s)
     executor = ExecutorConfig(kind="train", name="some", cmd=cmd)
-    return Watch.of(worker, executor, msgspec.structs.replace(train_job(), hang_s=shorter_s), 0.0)
+    return Watch(worker, executor, msgspec.structs.replace(train_job(), hang_s=shorter_s), 0.0)
 
 
 def found(watch: Watch, said: Iterable[tuple[float, Event]], until_s: float = 5000.0) -> float | None:
@@ -83,4 +83,4 @@ def test_whose_word_counts() -> None:
     worker = WorkerConfig.model_construct(hang_s=100.0)
     told = ExecutorConfig(kind="train", name="foreign", cmd="run", hang_s=20.0)
     job = msgspec.structs.replace(train_job(), hang_s=30.0)
-    assert found(Watch.of(worker, told, job, 0.0), [LOADED]) == pytest.approx(40.0, abs=2.0)
+    assert found(Watch(worker, told, job, 0.0), [LOADED]) == pytest.approx(40.0, abs=2.0)

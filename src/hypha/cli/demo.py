@@ -31,7 +31,7 @@ from hypha.config.environment import child_environment
 from hypha.errors import OutputError
 from hypha.files.staging import StagedDirectory
 from hypha.scheduler.status.snapshot import JobSnapshot
-from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
 
@@ -134,7 +134,7 @@ async def _evaluate(network: Network) -> dict[str, Any]:
         argv=(sys.executable, "-m", module, str(root / "model"), str(root / "held-out")),
         environment=child_environment(network.group.environment),
         work_dir=root,
-        own=OwnExecutor(module),
+        own=module,
     )
     shared = None if host is None else SharedHost(host)
     ended = await run_executor(launch, trio.Event(), GRACE_S, supervision=Supervision(shared))

@@ -267,7 +267,7 @@ def _accelerate(executor: ExecutorConfig, at: KeyPath) -> Found:
 
 def _patterns(partial: Partial) -> Found:
     """Those of URLs: one that cannot be read would match nothing."""
-    for key in ("uri", "local_read", "local_write", "local", "trust_remote_code"):
+    for key in ("uri", "local_read", "local_write", "trust_remote_code"):
         for index, text in enumerate(partial.get("allow", key) or ()):
             if key != "uri" and "://" not in text:
                 continue

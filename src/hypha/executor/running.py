@@ -91,7 +91,7 @@ def begin_traces(bridge: BridgeClient, job: Job) -> Traces:
     """From now on spans of this process are recorded, and handed to the worker, if ``job`` is traced."""
     if job.traced is not None:
         recorder = SpanRecorder(bridge.post_spans)
-        recorder.start()
+        bridge.after_event = recorder.post_waiting
         trace.set_tracer_provider(recorder)
     return Traces(job)
 

@@ -108,7 +108,10 @@ def remove_tree(path: Path) -> None:
         while names or above:
             if names:
                 name = names.pop()
-                if not _unlinked(here, name):
+                try:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=here)
+                except IsADirectoryError:
                     below = _opened(name, here)
                     above.append((_identity(here), name, names))
                     os.close(here)
@@ -147,24 +150,6 @@ def _opened(name: str | Path, directory: int | None = None) -> int:
     if os.fstat(descriptor).st_mode & 0o700 != 0o700:
         os.fchmod(descriptor, 0o700)
     return descriptor
-
-
-def _unlinked(directory: int, name: str) -> bool:
-    """Delete what is no directory; False for one."""
-    try:
-        os.unlink(name, dir_fd=directory)
-    except IsADirectoryError:
-        return False
-    except FileNotFoundError:
-        pass
-    return True
-
-
-def move_into(source: Path, directory: int, name: str) -> None:
-    """Give ``source`` the name ``name`` in ``directory``, replacing a file or an empty directory of its kind.
-    Raises OSError.
-    """
-    os.rename(source, name, dst_dir_fd=directory)
 
 
 def write_file(directory: int, name: str, data: bytes) -> None:

@@ -26,9 +26,9 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from hypha.files.disks import lock, naming, sync, sync_tree
 
@@ -63,33 +63,34 @@ def _alone(path: Path, without_locks: bool = False) -> Iterator[bool]:
             os.close(handle)
 
 
-def _left(directory: Path, kind: str, of: Callable[[str], bool]) -> list[Path]:
-    """What stands in ``directory`` in place of other names; the last to be renamed comes first."""
+def _left(directory: Path, of: Callable[[str], bool]) -> list[tuple[str, Path]]:
+    """What stands in ``directory`` in place of other names, ``preparing`` or ``replaced``; the last to be
+    renamed comes first.
+    """
     found = []
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            own, mark, _ = entry.name.rpartition(f".{kind}-")
-            if mark and own.startswith(".") and of(own[1:]) and not entry.is_symlink():
+            own, _, rest = entry.name.rpartition(".")
+            kind = rest.partition("-")[0]
+            if (
+                own.startswith(".")
+                and kind in ("preparing", "replaced")
+                and of(own[1:])
+                and not entry.is_symlink()
+            ):
                 with contextlib.suppress(FileNotFoundError):
-                    found.append((entry.stat().st_ctime_ns, Path(entry.path)))
-    return [path for _, path in sorted(found, reverse=True)]
+                    found.append((entry.stat().st_ctime_ns, kind, Path(entry.path)))
+    return [(kind, path) for _, kind, path in sorted(found, reverse=True)]
 
 
 def remove_unfinished(directory: Path, of: Callable[[str], bool] = bool) -> None:
     """Remove what processes that are gone left half-way in ``directory``: what was to have a name ``of``
     which is true, and what had it before its successor came.
     """
-    _remove_staged(directory, of)
-    for path in _left(directory, "replaced", of):
+    for kind, path in _left(directory, of):
         with _alone(path) as free:
-            if free and path.with_name(path.name.rpartition(".replaced-")[0][1:]).exists():
-                remove(path)
-
-
-def _remove_staged(directory: Path, of: Callable[[str], bool]) -> None:
-    for path in _left(directory, "preparing", of):
-        with _alone(path) as free:
-            if free:
+            name = path.name.rpartition(".")[0][1:]
+            if free and (kind == "preparing" or path.with_name(name).exists()):
                 remove(path)
 
 
@@ -97,7 +98,9 @@ def restore(target: Path) -> None:
     """Give back its name to a directory that a process which is gone took away, putting nothing there."""
     if os.path.lexists(target):
         return
-    for path in _left(target.parent, "replaced", _stem(target.name).__eq__):
+    for kind, path in _left(target.parent, _stem(target.name).__eq__):
+        if kind != "replaced":
+            continue
         # where there are no locks: a process that is between its two renames now refuses to go on, then
         with _alone(path, without_locks=True) as free:
             if free:
@@ -140,7 +143,7 @@ class _Raw(io.FileIO):
             return super().write(data)
 
 
-class StagedFile:
+class StagedFile(AbstractContextManager["StagedFile"]):
     """``with StagedFile(path) as staged:`` write to ``staged.file``, then ``staged.publish()``. Left without
     that, nothing has changed.
 
@@ -162,8 +165,10 @@ class StagedFile:
         self.path = path
         self._durable, self._mode, self._exclusive, self._over = durable, mode, exclusive, over
         with naming(path):
-            _check_replaceable(path)
-            _remove_staged(path.parent, _stem(path.name).__eq__)
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISREG(found := path.stat().st_mode) and not stat.S_ISDIR(found):
+                    raise OSError(errno.EINVAL, "it is no regular file, and is not replaced", str(path))
+            remove_unfinished(path.parent, _stem(path.name).__eq__)
             self.staged, descriptor = self._make()
             self.file: BinaryIO = io.BufferedWriter(_Raw(descriptor, path))
 
@@ -189,12 +194,7 @@ class StagedFile:
                 return staged, descriptor
             os.close(descriptor)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.discard()
 
     def publish(self) -> None:
@@ -240,12 +240,6 @@ class StagedFile:
             self.staged.unlink()
 
 
-def _check_replaceable(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
-            raise OSError(errno.EINVAL, "it is no regular file, and is not replaced", str(path))
-
-
 def write_whole(
     path: Path, data: Buffer, *, durable: bool = False, mode: int | None = None, exclusive: bool = False
 ) -> None:
@@ -271,7 +265,7 @@ def write_output(path: Path, text: str) -> None:
 # --- directories ---------------------------------------------------------------------------------------
 
 
-class StagedDirectory:
+class StagedDirectory(AbstractContextManager["StagedDirectory"]):
     """``with StagedDirectory(target) as staged:`` fill ``staged.path``, then ``staged.publish()``. Left
     without that, everything is removed. Raises OSError.
 
@@ -304,12 +298,7 @@ class StagedDirectory:
             if handle is not None:
                 return path, handle
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         remove(self.path)
         self._unlock()
 

@@ -4,7 +4,9 @@ executor host (MessagePack over one, a message a packet).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from hypha.messages.data import SliceAssigned
 from hypha.messages.events import Event
@@ -99,17 +101,22 @@ class StatusCall(Value):
 
 #: Spans in one call; an executor posts the rest in the next one.
 MAX_SPANS_A_CALL = 256
+SpanName = Annotated[str, Meta(max_length=128)]
+SpanText = Annotated[str, Meta(max_length=1024)]
+#: nanoseconds since 1970, as OpenTelemetry has them
+SpanTime = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
-#: What an attribute of a span may be.
-SpanAttribute = bool | int | float | str
+#: What an attribute of a span may be: OTLP has integers of 64 bits.
+SpanAttribute = bool | Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | float | SpanText
+SpanAttributes = Annotated[dict[SpanName, SpanAttribute], Meta(max_length=32)]
 
 
 class SpanEvent(Value):
-    """Something that happened during a span. Times are nanoseconds since 1970, as OpenTelemetry has them."""
+    """Something that happened during a span."""
 
-    name: str
-    time_ns: int
-    attributes: dict[str, SpanAttribute] = {}
+    name: SpanName
+    time_ns: SpanTime
+    attributes: SpanAttributes = {}
 
 
 class FinishedSpan(Value):
@@ -117,26 +124,26 @@ class FinishedSpan(Value):
     of the trace, 16 of a span. ``links`` are traceparents. ``error`` says what went wrong, where it did.
     """
 
-    name: str
+    name: Annotated[SpanName, Meta(min_length=1)]
     trace_id: str
     span_id: str
-    start_ns: int
-    end_ns: int
+    start_ns: SpanTime
+    end_ns: SpanTime
     parent_id: str | None = None
     kind: Literal["internal", "client", "server", "producer", "consumer"] = "internal"
     status: Literal["unset", "ok", "error"] = "unset"
-    error: str = ""
-    attributes: dict[str, SpanAttribute] = {}
-    events: tuple[SpanEvent, ...] = ()
-    links: tuple[str, ...] = ()
+    error: SpanText = ""
+    attributes: SpanAttributes = {}
+    events: Annotated[tuple[SpanEvent, ...], Meta(max_length=128)] = ()
+    links: Annotated[tuple[SpanName, ...], Meta(max_length=32)] = ()
 
 
 class SpansCall(Value):
-    """POST /spans: spans that the worker exports for its executor. Too many at once are ``too-large``, too
-    many in a while ``busy``; neither is worth a repetition.
+    """POST /spans: spans that the worker exports for its executor. Too many in a while are ``busy``, which is
+    not worth a repetition.
     """
 
-    spans: tuple[FinishedSpan, ...]
+    spans: Annotated[tuple[FinishedSpan, ...], Meta(max_length=MAX_SPANS_A_CALL)]
 
 
 class BridgeError(Value):

@@ -43,7 +43,6 @@ from hypha.simulation.process import (
 )
 from hypha.simulation.scenario import Scenario
 from hypha.worker.jobs.directory import remove_stale
-from hypha.worker.jobs.starting import ExecutorBackend
 from hypha.worker.limits.limits import Means
 from hypha.worker.node import serve as worker_serve
 
@@ -301,9 +300,7 @@ class World:
             for listener in self.worker_listeners:
                 computer.journal.listeners.append(listener(computer.name))
 
-            await worker_serve(
-                config, node, Means(), ExecutorBackend(computer.executors), journal=computer.journal
-            )
+            await worker_serve(config, node, Means(), computer.executors, journal=computer.journal)
 
     async def _scheduler(self, computer: Computer) -> None:
         wanted = self.scenario

@@ -71,7 +71,33 @@ async def serve_control(
 
     async def serve(stream: trio.SocketStream) -> None:
         try:
-            await _answer(stream, leaving, leases)
+            with trio.fail_after(_LINE_S):
+                line = b""
+                while not line.endswith(b"\n") and len(line) <= _MAX_LINE_BYTES:
+                    part = await stream.receive_some(_MAX_LINE_BYTES)
+                    if not part:
+                        break
+                    line += part
+            call = decode_json(line, Call)
+            refused = ""
+            try:
+                match call:
+                    case Call(what="drain"):
+                        leaving.drain()
+                    case Call(what="resume"):
+                        leaving.resume()
+                    case Call(within_s=within_s):
+                        if not 0.0 < within_s < math.inf:
+                            raise Refused("invalid", f"{within_s} is no time to leave within")
+                        leaving.begin(within_s, "its operator drains it")
+            except Refused as exc:
+                refused = exc.reason
+            answer = ControlReply(state=leaving.in_words, leases=leases(), refused=refused)
+            with trio.fail_after(_LINE_S):
+                await stream.send_all(msgspec.json.encode(answer) + b"\n")
+            if call.what == "leave" and not refused:
+                # closed by this process's end
+                await trio.sleep_forever()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, Undecodable) as exc:
             logger.debug("A command broke off: %r", exc)
         finally:
@@ -117,41 +143,6 @@ def _bind(path: Path) -> trio.socket.SocketType:
     except BaseException:
         bound.close()
         raise
-
-
-async def _answer(stream: trio.SocketStream, leaving: Leaving, leases: Callable[[], int]) -> None:
-    with trio.fail_after(_LINE_S):
-        line = await _line(stream)
-    call = decode_json(line, Call)
-    refused = ""
-    try:
-        match call:
-            case Call(what="drain"):
-                leaving.drain()
-            case Call(what="resume"):
-                leaving.resume()
-            case Call(within_s=within_s):
-                if not 0.0 < within_s < math.inf:
-                    raise Refused("invalid", f"{within_s} is no time to leave within")
-                leaving.begin(within_s, "its operator drains it")
-    except Refused as exc:
-        refused = exc.reason
-    answer = ControlReply(state=leaving.in_words, leases=leases(), refused=refused)
-    with trio.fail_after(_LINE_S):
-        await stream.send_all(msgspec.json.encode(answer) + b"\n")
-    if call.what == "leave" and not refused:
-        # closed by this process's end
-        await trio.sleep_forever()
-
-
-async def _line(stream: trio.SocketStream) -> bytes:
-    text = b""
-    while not text.endswith(b"\n"):
-        part = await stream.receive_some(_MAX_LINE_BYTES)
-        text += part
-        if not part or len(text) > _MAX_LINE_BYTES:
-            break
-    return text
 
 
 def send_call(work_dir: Path, call: Call, wait_s: float = 0.0) -> tuple[ControlReply, bool]:

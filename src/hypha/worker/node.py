@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import trio
 from msgspec import structs
@@ -15,13 +17,15 @@ from hypha.config.environment import child_environment
 from hypha.config.models import PreemptionConfig, WorkerConfig
 from hypha.errors import ConfigError, Problem
 from hypha.journal import Journal
-from hypha.messages import ExecutorDescriptor, PeerRef, Resources
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.net import open_node, options_from
 from hypha.node import Node
 from hypha.processes import keeper
 from hypha.runtime import in_thread, is_simulated, lack_of_space, outlasting, when_cancelled
 from hypha.telemetry import health_of, serve_http
+from hypha.telemetry import instruments as metrics
 from hypha.telemetry.logs import bind
+from hypha.telemetry.metrics import Reading
 from hypha.telemetry.page import worker_routes
 from hypha.telemetry.resources import watch_disks, watch_machine
 from hypha.worker.bridge.spans import EmitSpans
@@ -29,14 +33,14 @@ from hypha.worker.control import serve_control
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.connectors import Connectors
 from hypha.worker.jobs.directory import remove_stale
-from hypha.worker.jobs.jobs import Jobs
-from hypha.worker.jobs.starting import ExecutorBackend, run_process
-from hypha.worker.jobs.traffic import ExecutionContext
+from hypha.worker.jobs.execution import Jobs, run_process
+from hypha.worker.jobs.traffic import ExecutionContext, RunExecutor
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.given import given_leases
 from hypha.worker.leasing.leaving import Leaving
 from hypha.worker.leasing.offers import serve_offers
 from hypha.worker.leasing.preemption import notice_left_s, watch_for_notice
+from hypha.worker.leasing.service import LeaseService
 from hypha.worker.leasing.terms import WorkerCapacity
 from hypha.worker.limits.cgroups import remove_stale_groups, usable_cgroups
 from hypha.worker.limits.detecting import DetectedMachine, detect, lowered, usable_cores
@@ -47,7 +51,6 @@ from hypha.worker.limits.usage import CorePins
 from hypha.worker.processes.isolation import check_bubblewrap
 from hypha.worker.processes.process import Supervision
 from hypha.worker.processes.warm import open_host
-from hypha.worker.signals import shown
 from hypha.worker.slices.cache import SliceCache
 from hypha.worker.storage.replicas import ReplicaStore
 from hypha.worker.storage.requests import StorageService
@@ -96,7 +99,9 @@ async def run_worker(
         cores=CorePins(usable_cores()),
         quotas=await in_thread(usable_quotas, config.work_dir),
     )
-    words |= _in_force(means, config.cache.max_gb)
+    found = mechanisms(means, config.cache.max_gb)
+    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
+    words |= {f"limit {name}": by for name, by in found.items()}
     await in_thread(check_bubblewrap, config)
     options = options_from(config, "hypha-worker")
     async with outlasting(LAST_S + (config.preemption.notice_s or 0.0)) as (first, last):
@@ -106,11 +111,11 @@ async def run_worker(
                     supervision = Supervision(adopting=alone)
                     opening = open_host(config, child_environment(), supervision.starting)
                     async with opening as supervision.host:
-                        backend = ExecutorBackend(partial(run_process, supervision=supervision), emit_spans)
+                        run = partial(run_process, supervision=supervision)
                         disks = watch_disks({"work_dir": [config.work_dir]})
                         async with disks, watch_machine(lambda: dict(supervision.running)):
                             node.health_details.append(lambda: words)
-                            await serve(config, node, means, backend, task_status=task_status)
+                            await serve(config, node, means, run, emit_spans, task_status=task_status)
 
 
 def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfig, dict[str, str]]:
@@ -130,13 +135,6 @@ def offered(config: WorkerConfig, machine: DetectedMachine) -> tuple[WorkerConfi
     return config.model_copy(update={"resources": section}), words
 
 
-def _in_force(means: Means, cache_gb: float) -> dict[str, str]:
-    """By what each resource is enforced, for the health of the node; logged, too."""
-    found = mechanisms(means, cache_gb)
-    logger.info("Limits in force: %s.", "; ".join(f"{name}: {by}" for name, by in found.items()))
-    return {f"limit {name}": by for name, by in found.items()}
-
-
 def _check_work_dir(path: Path) -> None:
     """Make it, and write there. Raises ConfigError."""
     try:
@@ -152,21 +150,17 @@ async def serve(
     config: WorkerConfig,
     node: Node,
     means: Means,
-    backend: ExecutorBackend,
+    run_executor: RunExecutor,
+    emit_spans: EmitSpans | None = None,
     journal: Journal | None = None,
     *,
     task_status: trio.TaskStatus[PeerRef] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Be a worker through ``node``, whose executors ``backend`` runs, until cancelled. ``journal`` is that of
-    its arbiter and its leases.
+    """Be a worker through ``node``, whose executors ``run_executor`` runs, until cancelled. ``emit_spans``
+    exports their spans, ``journal`` is that of its arbiter and its leases.
     """
     bind(worker_peer_id=node.peer_id)
     allowance = Allowance(config.allow, config.exclude_cidr)
-    if config.allow.local:
-        logger.warning(
-            "allow.local is the earlier name of two keys, and lets jobs both read and write what it lists: "
-            "write allow.local_read and allow.local_write instead."
-        )
     context = ExecutionContext(
         node=node,
         config=config,
@@ -174,7 +168,8 @@ async def serve(
         allowance=allowance,
         connectors=Connectors(allowance, node),
         means=means,
-        backend=backend,
+        run_executor=run_executor,
+        emit_spans=emit_spans,
     )
     arbiter = Arbiter(
         WorkerCapacity(
@@ -246,3 +241,45 @@ async def _end_when_left(
         await leaving.run()
         nursery.cancel_scope.cancel()
     scope.cancel()
+
+
+@contextlib.contextmanager
+def shown(jobs: Jobs, lease_service: LeaseService, cache: SliceCache) -> Iterator[None]:
+    """The worker's gauges show these meanwhile."""
+
+    def leases() -> Iterable[Reading]:
+        accepted = [lease.accepted for lease in lease_service.leases]
+        return [
+            ({"state": "accepted"}, accepted.count(True)),
+            ({"state": "temporary"}, accepted.count(False)),
+        ]
+
+    def amounts(of: Resources) -> Iterable[Reading]:
+        return [({"resource": name}, getattr(of, name)) for name in ("cpu", "memory", "gpu", "storage")]
+
+    counters = (metrics.TRAINING_SAMPLES, metrics.WORKER_OFFERS, metrics.CACHE_LOOKUPS)
+    for counter in (*counters, metrics.LIMITS_EXCEEDED):
+        counter.begin()
+    with (
+        metrics.WORKER_JOBS.watch(
+            lambda: [({"kind": kind}, jobs.running().count(kind)) for kind in get_args(ExecutorClass)]
+        ),
+        metrics.WORKER_LEASES.watch(leases),
+        metrics.RESOURCES_FREE.watch(lambda: amounts(lease_service.arbiter.book.free)),
+        metrics.RESOURCES_CAPACITY.watch(lambda: amounts(lease_service.arbiter.book.total)),
+        metrics.CACHE_BYTES.watch(lambda: float(cache.size_bytes)),
+        metrics.WORKER_PRICE.watch(lambda: prices(lease_service)),
+        metrics.WORKER_LOAD.watch(lambda: lease_service.arbiter.pricing.load),
+    ):
+        yield
+
+
+def prices(lease_service: LeaseService) -> list[Reading]:
+    """What the worker takes for a lease, and gets for those that it has given."""
+    pricing = lease_service.arbiter.pricing
+    return [
+        ({"of": "floor"}, pricing.terms.floor),
+        ({"of": "rest"}, pricing.at_rest),
+        ({"of": "threshold"}, pricing.asked),
+        ({"of": "leases"}, sum(lease.price for lease in lease_service.leases if lease.accepted)),
+    ]

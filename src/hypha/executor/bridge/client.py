@@ -14,12 +14,11 @@ import contextlib
 import http.client
 import io
 import logging
-import queue
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from pathlib import Path
@@ -91,13 +90,13 @@ class BridgeClient:
     def __init__(self, socket: Path, directory: Path) -> None:
         self.directory = directory
         self.failed: Callable[[Exception], None] = logger.error
+        #: called after each event, in the thread that reports them
+        self.after_event: Callable[[], None] = lambda: None
         self._socket = socket
         #: with the ``traceparent`` of the span in which each was reported
         self._events: deque[tuple[Event, str | None]] = deque()
         self._lock = threading.Condition()
         self._reporting = False
-        #: on which no call is under way
-        self._idle: queue.SimpleQueue[BridgeConnection] = queue.SimpleQueue()
         self._start("status", self._report_events)
 
     def _start(self, name: str, target: Callable[[], None]) -> None:
@@ -128,7 +127,7 @@ class BridgeClient:
         """Have the worker export ``spans``. Raises :class:`Refused`, :class:`PeerUnreachable` and, when the
         worker is gone, :class:`BridgeUnanswered`.
         """
-        self._ask_idle("POST", "/spans", SpansCall(spans=tuple(spans)), None)
+        self._ask("POST", "/spans", SpansCall(spans=tuple(spans)), None)
 
     def relative(self, path: Path) -> str:
         """``path`` as the bridge wants it."""
@@ -137,18 +136,12 @@ class BridgeClient:
     def _call(self, method: str, path: str, body: msgspec.Struct | None = None) -> bytes:
         attributes = {"http.request.method": method, "url.path": path}
         with span(BRIDGE, attributes, kind=SpanKind.CLIENT):
-            return self._ask_idle(method, path, body, traceparent())
+            return self._ask(method, path, body, traceparent())
 
-    def _ask_idle(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
-        try:
-            connection = self._idle.get_nowait()
-        except queue.Empty:
-            connection = BridgeConnection(self._socket)
-        try:
+    def _ask(self, method: str, path: str, body: msgspec.Struct | None, parent: str | None) -> bytes:
+        # calls are few: events, which are many, have a connection of their own
+        with contextlib.closing(BridgeConnection(self._socket)) as connection:
             return connection.ask(method, path, None if body is None else encode_json(body), parent)
-        finally:
-            # one that failed has closed itself, and connects again
-            self._idle.put(connection)
 
     # --- streams ------------------------------------------------------------------------------------
 
@@ -179,10 +172,16 @@ class BridgeClient:
         retry = _Retry()
         while True:
             try:
-                with lines(self._socket, method, path, content) as answer:
-                    retry = _Retry()
-                    for data in server_sent_data(answer):
-                        handler(decode(decoder, data))
+                with contextlib.closing(lines(self._socket, method, path, content)) as answer:
+                    # server-sent events: WHATWG HTML, section 9.2
+                    data: list[str] = []
+                    for line in answer:
+                        retry = _Retry()
+                        if line.startswith("data:"):
+                            data.append(line[5:].removeprefix(" "))
+                        elif not line and data:
+                            handler(decode(decoder, "\n".join(data)))
+                            data = []
             except BridgeUnanswered as exc:
                 logger.warning("The bridge's stream %s broke (%s); it is opened again.", path, exc)
             except Exception as exc:  # noqa: BLE001 - the thread's edge
@@ -240,6 +239,7 @@ class BridgeClient:
                 self._lock.notify_all()
             if not delivered:
                 return
+            self.after_event()
 
     def _deliver(self, connection: BridgeConnection, event: Event, reported_in: str | None) -> bool:
         retry = _Retry()
@@ -318,11 +318,9 @@ class BridgeConnection(http.client.HTTPConnection):
                 return content
 
 
-@contextlib.contextmanager
-def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iterator[Iterator[str]]:
+def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Generator[str, None, None]:
     """The lines of a response that goes on for ever, without their ends, as they come. Raises as
-    :meth:`BridgeConnection.ask`; reading lines may raise :class:`BridgeUnanswered`, too, when they are cut
-    off.
+    :meth:`BridgeConnection.ask`, :class:`BridgeUnanswered` also where they are cut off.
     """
     with contextlib.closing(BridgeConnection(socket_path)) as connection:
         try:
@@ -330,22 +328,12 @@ def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Iter
             response = connection.getresponse()
             if response.status != http.client.OK:
                 raise _error(path, response.status, response.read())
+            # the response's own lines end without an error where it was cut between two chunks
+            with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
+                while line := text.readline():
+                    yield line.rstrip("\r\n")
         except _FAILURES as exc:
             raise _unanswered(exc) from exc
-        yield _lines_of(response)
-
-
-def _lines_of(response: http.client.HTTPResponse) -> Iterator[str]:
-    # the response's own lines end without an error where it was cut between two chunks
-    with io.TextIOWrapper(response, "utf-8", newline="\n") as text:
-        while True:
-            try:
-                line = text.readline()
-            except _FAILURES as exc:
-                raise _unanswered(exc) from exc
-            if not line:
-                return
-            yield line.rstrip("\r\n")
 
 
 def _error(path: str, status: int, content: bytes) -> HyphaError:
@@ -360,17 +348,6 @@ def _error(path: str, status: int, content: bytes) -> HyphaError:
 
 def _unanswered(exc: Exception) -> BridgeUnanswered:
     return BridgeUnanswered(f"the worker does not answer: {exc or type(exc).__name__}")
-
-
-def server_sent_data(lines: Iterator[str]) -> Iterator[str]:
-    """The data of each server-sent event (WHATWG HTML, section 9.2), other fields skipped."""
-    data: list[str] = []
-    for line in lines:
-        if line.startswith("data:"):
-            data.append(line[5:].removeprefix(" "))
-        elif not line and data:
-            yield "\n".join(data)
-            data = []
 
 
 def update_waits(refused: Refused) -> bool:

@@ -2,9 +2,8 @@
 
 The SDK would cost an executor memory, threads and an exporter of its own that it may not be allowed to have;
 its worker has one. Nothing here waits for the network in the way of training: spans are posted in batches by
-a thread, and dropped when there are too many or nobody takes them. Only what is below a sampled span of
-somebody else is recorded: the scheduler decides which rounds are. No thread runs before
-:meth:`SpanRecorder.start`, so a host that has imported this may fork.
+the thread that reports events, and dropped when there are too many or nobody takes them. Only what is below a
+sampled span of somebody else is recorded: the scheduler decides which rounds are.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -36,6 +36,7 @@ _GATHER_S = 1.0
 _ENOUGH = 64
 
 Post = Callable[[Sequence[FinishedSpan]], None]
+_Kind = Literal["internal", "client", "server", "producer", "consumer"]
 
 
 class Traces:
@@ -64,22 +65,18 @@ class Traces:
 
 
 class SpanRecorder(trace.TracerProvider):
-    """Gathers spans that have ended, and has ``post`` called with them in a thread. ``post`` raises
-    :class:`HyphaError` when they are not taken; they are dropped then.
+    """Gathers spans that have ended, until ``post`` is called with them, by :meth:`post_waiting`. ``post``
+    raises :class:`HyphaError` when they are not taken; they are dropped then.
     """
 
     def __init__(self, post: Post) -> None:
         self._post = post
         self._waiting: deque[FinishedSpan] = deque()
-        self._changed = threading.Condition()
-        self._hurried = self._posting = False
+        self._lock = threading.Lock()
+        self._posted_at = time.monotonic()
         #: nobody wants any more
         self._closed = False
         self.dropped = 0
-
-    def start(self) -> None:
-        """Post from now on."""
-        threading.Thread(target=self._run, name="spans", daemon=True).start()
 
     def get_tracer(self, *args: Any, **kwargs: Any) -> trace.Tracer:
         """As OpenTelemetry's API has it."""
@@ -87,46 +84,35 @@ class SpanRecorder(trace.TracerProvider):
 
     def ended(self, finished: FinishedSpan) -> None:
         """Take charge of ``finished``, from any thread; never blocks."""
-        with self._changed:
+        with self._lock:
             if self._closed or len(self._waiting) >= MAX_WAITING:
                 self.dropped += 1
-                return
-            self._waiting.append(finished)
-            if len(self._waiting) >= _ENOUGH:
-                self._changed.notify_all()
+            else:
+                self._waiting.append(finished)
+
+    def post_waiting(self, least_s: float = _GATHER_S) -> None:
+        """Post those that wait, if they are many, or the last ones were posted ``least_s`` ago. Blocks."""
+        if time.monotonic() - self._posted_at < least_s and len(self._waiting) < _ENOUGH:
+            return
+        self._posted_at = time.monotonic()
+        while self._waiting:
+            with self._lock:
+                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_SPANS_A_CALL))]
+            try:
+                self._post(batch)
+            except (HyphaError, ValueError) as exc:
+                # a worker that is gone is noticed by those who need it; what cannot be encoded is no span
+                self.dropped += len(batch)
+                if isinstance(exc, Refused) and exc.code == "unsupported":
+                    self._closed = True
+                    self._waiting.clear()
 
     def flush(self, timeout_s: float) -> bool:
         """Have all that waits posted; False when it took longer."""
-        with self._changed:
-            self._hurried = True
-            self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._waiting and not self._posting, timeout_s)
-
-    def _run(self) -> None:
-        while not self._closed:
-            with self._changed:
-                self._changed.wait_for(lambda: len(self._waiting) >= _ENOUGH or self._hurried, _GATHER_S)
-                batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_SPANS_A_CALL))]
-                self._posting = bool(batch)
-            if batch:
-                self._deliver(batch)
-            with self._changed:
-                self._posting = False
-                self._hurried = self._hurried and bool(self._waiting)
-                self._changed.notify_all()
-
-    def _deliver(self, batch: Sequence[FinishedSpan]) -> None:
-        try:
-            self._post(batch)
-        except Refused as exc:
-            self.dropped += len(batch)
-            if exc.code == "unsupported":
-                with self._changed:
-                    self._closed = True
-                    self._waiting.clear()
-        except (HyphaError, ValueError):
-            # a worker that is gone is noticed by those who need it; what cannot be encoded is no span
-            self.dropped += len(batch)
+        posting = threading.Thread(target=self.post_waiting, args=(0.0,), daemon=True)
+        posting.start()
+        posting.join(timeout_s)
+        return not posting.is_alive()
 
 
 class _Tracer(trace.Tracer):
@@ -169,22 +155,28 @@ class _Span(trace.NonRecordingSpan):
         start_ns: int,
         links: Sequence[Link],
     ) -> None:
-        self._recorder = recorder
-        self._name = name
-        self._parent = parent
-        self._kind = kind
-        self._start_ns = start_ns
-        self._links = tuple(_written(link.context) for link in links)
-        self._attributes: dict[str, SpanAttribute] = {}
-        self._events: list[SpanEvent] = []
-        self._status: Literal["unset", "ok", "error"] = "unset"
-        self._error = ""
-        self._ended = False
         # chance of the process's own: the trainer's is seeded
         number = int.from_bytes(secrets.token_bytes(8)) or 1
         super().__init__(
             SpanContext(parent.trace_id, number, False, TraceFlags(TraceFlags.SAMPLED), parent.trace_state)
         )
+        self._recorder = recorder
+        self._start_ns = start_ns
+        self._finished = partial(
+            FinishedSpan,
+            name=name,
+            trace_id=trace.format_trace_id(parent.trace_id),
+            span_id=trace.format_span_id(number),
+            parent_id=trace.format_span_id(parent.span_id),
+            start_ns=start_ns,
+            kind=cast("_Kind", kind.name.lower()),
+            links=tuple(_written(link.context) for link in links),
+        )
+        self._attributes: dict[str, SpanAttribute] = {}
+        self._events: list[SpanEvent] = []
+        self._status: Literal["unset", "ok", "error"] = "unset"
+        self._error = ""
+        self._ended = False
 
     def is_recording(self) -> bool:
         return not self._ended
@@ -215,32 +207,17 @@ class _Span(trace.NonRecordingSpan):
         if self._ended:
             return
         self._ended = True
+        # the machine's time may have been set back meanwhile
+        end_ns = max(self._start_ns, end_time or time.time_ns())
         self._recorder.ended(
-            FinishedSpan(
-                name=self._name,
-                trace_id=trace.format_trace_id(self._parent.trace_id),
-                span_id=trace.format_span_id(self.get_span_context().span_id),
-                parent_id=trace.format_span_id(self._parent.span_id),
-                start_ns=self._start_ns,
-                # the machine's time may have been set back meanwhile
-                end_ns=max(self._start_ns, end_time or time.time_ns()),
-                kind=_KINDS[self._kind],
+            self._finished(
+                end_ns=end_ns,
                 status=self._status,
                 error=self._error,
                 attributes=self._attributes,
                 events=tuple(self._events),
-                links=self._links,
             )
         )
-
-
-_KINDS: dict[SpanKind, Literal["internal", "client", "server", "producer", "consumer"]] = {
-    SpanKind.INTERNAL: "internal",
-    SpanKind.CLIENT: "client",
-    SpanKind.SERVER: "server",
-    SpanKind.PRODUCER: "producer",
-    SpanKind.CONSUMER: "consumer",
-}
 
 
 def _written(context: SpanContext) -> str:

@@ -23,7 +23,6 @@ from hypha.simulation.executors.parameter_server import SimulatedParameterServer
 from hypha.simulation.executors.training import SimulatedTrainer
 from hypha.simulation.process import SimulatedProcess, this_process
 from hypha.worker.bridge.server import BridgeHandlers
-from hypha.worker.jobs.starting import EndSignals
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Exit
 
@@ -32,7 +31,7 @@ _SIGKILL, _SIGTERM = 9, 15
 
 
 class SimulatedExecutors:
-    """Runs the executors of one machine, in place of ``worker.jobs.starting.run_process``.
+    """Runs the executors of one machine, in place of ``worker.jobs.execution.run_process``.
 
     ``start`` makes a child process of the worker's; a batch takes ``batch_s()`` seconds, loading
     ``load_s()``. What they do wrong stands in ``lies``, as in ``scenario.LIES``.
@@ -55,7 +54,13 @@ class SimulatedExecutors:
         self.running: dict[str, SimulatedProcess] = {}
 
     async def __call__(
-        self, handlers: BridgeHandlers, socket_path: Path, launch: Launch, ends: EndSignals
+        self,
+        handlers: BridgeHandlers,
+        socket_path: Path,
+        launch: Launch,
+        stop: trio.Event,
+        grace_s: float,
+        kill: trio.Event,
     ) -> Exit:
         job = handlers.job
         kind = "train" if isinstance(job, TrainJob) else "aggregate"
@@ -76,15 +81,15 @@ class SimulatedExecutors:
 
         async def stop_when_told() -> None:
             nonlocal stopped
-            await ends.stop.wait()
+            await stop.wait()
             stopped = True
             if not process.frozen:
                 process.kill()
-            await trio.sleep(ends.grace_s)
+            await trio.sleep(grace_s)
             process.kill()
 
         async def kill_when_told() -> None:
-            await ends.kill.wait()
+            await kill.wait()
             process.kill()
 
         try:

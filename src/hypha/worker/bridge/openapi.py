@@ -107,7 +107,7 @@ def openapi() -> dict[str, object]:
             "/spans": operation(
                 "Spans to export, where the job is traced; one that is refused is not to be repeated",
                 done,
-                {**bad, "409": "this worker exports no traces (`unsupported`), or there were too many"},
+                {**bad, "409": "this worker exports no traces (`unsupported`)"},
                 SpansCall,
             ),
         },

@@ -14,6 +14,7 @@ import trio
 from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused
 from hypha.messages import Event, ExecutorClass, JobStamp, ReportEvent, Request, Response, encode
+from hypha.node import Changes
 from hypha.tracing import trace_context, traceparent
 from hypha.waiting import Reminder
 
@@ -38,9 +39,7 @@ class Outbox:
         self._seq = 0
         #: with its bytes as it is sent, and the ``traceparent`` of the span in which the executor reported it
         self._waiting: deque[tuple[ReportEvent, int, str | None]] = deque()
-        self._some = trio.Event()
-        self._empty = trio.Event()
-        self._empty.set()
+        self._changed = Changes()
 
     def put(self, stamp: JobStamp, event: Event) -> None:
         """Take charge of ``event``; never blocks. For an executor :meth:`check_space` is called before."""
@@ -49,53 +48,42 @@ class Outbox:
             stamp=stamp, kind=self._kind, incarnation=self._incarnation, seq=self._seq, event=event
         )
         self._waiting.append((report, len(encode(report)), traceparent()))
-        if self._empty.is_set():
-            self._empty = trio.Event()
-        self._some.set()
+        self._changed.note()
 
     def check_space(self) -> None:
         """Raise Refused (``busy``) when as many events wait as may."""
         size = sum(size for _, size, _ in self._waiting)
         if len(self._waiting) >= MAX_WAITING or size > MAX_WAITING_BYTES:
-            raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler")
+            raise Refused("busy", f"{len(self._waiting)} events wait for the scheduler; try again")
 
     async def wait_empty(self) -> None:
-        await self._empty.wait()
+        while self._waiting:
+            await self._changed.wait()
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         backoff, reminder = Backoff(FIRST_PAUSE_S, LONGEST_PAUSE_S), Reminder(at_once=True)
         while True:
             while not self._waiting:
-                self._some = trio.Event()
-                await self._some.wait()
+                await self._changed.wait()
             report, _, reported_in = self._waiting[0]
-            fields = {"job_id": report.stamp.job_id, "event": type(report.event).__name__}
+            fields = {"event": type(report.event).__name__}
             try:
                 with trace_context(reported_in):
                     await self._ask(report)
-            except Refused as exc:
+            except NetworkError as exc:
                 # a scheduler that has just been started may not know the job or its leases yet
-                if not exc.final:
-                    await self._pause(backoff, reminder, exc, fields)
+                if not isinstance(exc, Refused) or not exc.final:
+                    pause_s = backoff.next_s()
+                    level = logging.WARNING if reminder.due() else logging.DEBUG
+                    text = "Event %s not delivered, again in %.1f s: %s"
+                    logger.log(level, text, fields["event"], pause_s, exc, extra=fields)
+                    await trio.sleep(pause_s)
                     continue
                 logger.warning("The scheduler wants no %s: %s", fields["event"], exc, extra=fields)
-            except NetworkError as exc:
-                await self._pause(backoff, reminder, exc, fields)
-                continue
             else:
                 logger.debug("An event was reported to the scheduler: %s.", fields["event"], extra=fields)
             backoff.reset()
             reminder.reset()
             self._waiting.popleft()
-            if not self._waiting:
-                self._empty.set()
-
-    @staticmethod
-    async def _pause(backoff: Backoff, reminder: Reminder, exc: NetworkError, fields: dict[str, str]) -> None:
-        pause_s = backoff.next_s()
-        level = logging.WARNING if reminder.due() else logging.DEBUG
-        logger.log(
-            level, "Event %s not delivered, again in %.1f s: %s", fields["event"], pause_s, exc, extra=fields
-        )
-        await trio.sleep(pause_s)
+            self._changed.note()

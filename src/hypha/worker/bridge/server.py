@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypha.decoding import decode_json
 from hypha.errors import NetworkError, Refused, Undecodable
@@ -67,7 +67,13 @@ _STATUS = {
     "uninvited": 403,
     "not-found": 404,
     "too-large": 413,
+    "busy": 503,
 }
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+]
 
 T = TypeVar("T")
 StructT = TypeVar("StructT", bound=msgspec.Struct)
@@ -88,7 +94,7 @@ class BridgeHandlers(Protocol):
         """See ``/resources/fetch``."""
 
     async def send(self, call: SendCall) -> Sent:
-        """See ``/resources/send``; nobody may have acknowledged."""
+        """See ``/resources/send``."""
 
     def report(self, event: Event) -> None:
         """See ``/status/send``; must not block."""
@@ -145,20 +151,14 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
         return _json(await handlers.fetch(_decode(body, FetchCall).resource))
 
     async def send(body: bytes) -> Response:
-        sent = await handlers.send(_decode(body, SendCall))
-        if any(delivery.acknowledged for delivery in sent.deliveries):
-            return _json(sent)
-        refused = [delivery for delivery in sent.deliveries if delivery.error != "unreachable"]
-        worst = (refused or list(sent.deliveries))[0]
-        detail = "; ".join(f"{delivery.peer}: {delivery.detail}" for delivery in sent.deliveries)
-        return _error(409 if refused else 502, worst.error, detail)
+        return _json(await handlers.send(_decode(body, SendCall)))
 
-    async def receive(body: bytes) -> Response:
+    async def receive(body: bytes) -> ASGIApp:
         kinds = frozenset(_decode(body, ReceiveCall).kinds)
-        return EventStream(lambda: handlers.arrivals.open(kinds), streams)
+        return _event_stream(lambda: handlers.arrivals.open(kinds), streams)
 
-    async def directives(_: bytes) -> Response:
-        return EventStream(handlers.directives.open, streams)
+    async def directives(_: bytes) -> ASGIApp:
+        return _event_stream(handlers.directives.open, streams)
 
     async def report(body: bytes) -> Response:
         if len(body) > MAX_EVENT_BYTES:
@@ -166,20 +166,15 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
         event = _decode(body, StatusCall).event
         if isinstance(event, ExecutorExited):
             raise Refused("invalid", "that an executor ended is reported by its worker")
-        try:
-            handlers.report(event)
-        except Refused as exc:
-            if exc.code == "busy":
-                return _busy(exc.reason)
-            raise
+        handlers.report(event)
         return _json({})
 
     async def take_spans(body: bytes) -> Response:
         handlers.spans.take(_decode(body, SpansCall).spans)
         return _json({})
 
-    def route(path: str, method: str, call: Callable[[bytes], Awaitable[Response]]) -> Route:
-        async def endpoint(request: Request) -> Response:
+    def route(path: str, method: str, call: Callable[[bytes], Awaitable[ASGIApp]]) -> Route:
+        async def endpoint(request: Request) -> ASGIApp:
             try:
                 calls.acquire_on_behalf_of_nowait(request)
             except trio.WouldBlock:
@@ -206,7 +201,7 @@ def make_app(handlers: BridgeHandlers) -> Starlette:
     )
 
 
-async def _answer(request: Request, call: Callable[[bytes], Awaitable[Response]]) -> Response:
+async def _answer(request: Request, call: Callable[[bytes], Awaitable[ASGIApp]]) -> ASGIApp:
     try:
         body = await _read_body(request)
         # what the worker does for this call is below the executor's own span
@@ -235,11 +230,9 @@ async def _read_body(request: Request) -> bytes:
             return bytes(body)
 
 
-async def _unless_gone(
-    request: Request, call: Callable[[bytes], Awaitable[Response]], body: bytes
-) -> Response:
+async def _unless_gone(request: Request, call: Callable[[bytes], Awaitable[ASGIApp]], body: bytes) -> ASGIApp:
     """The call's response; the call is cancelled when the client closes its connection."""
-    response: Response | None = None
+    response: ASGIApp | None = None
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_when_gone, request.receive, nursery.cancel_scope)
@@ -275,65 +268,50 @@ def _busy(why: str) -> Response:
     return _error(503, "busy", f"{why}; try again")
 
 
-def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 def _error(status: int, error: str, detail: str) -> Response:
-    return Response(
-        msgspec.json.encode(BridgeError(error=error, detail=detail)),
-        status_code=status,
-        media_type="application/json",
-    )
+    return _json(BridgeError(error=error, detail=detail), status)
 
 
-class EventStream(Response):
+def _event_stream(
+    open_feed: Callable[[], AbstractContextManager[Feed[StructT]]], places: trio.CapacityLimiter
+) -> ASGIApp:
     """Server-sent events: one JSON document each, with the struct's tag or name as ``event``.
 
     Not an async generator: those may not be left suspended when their task is cancelled.
     """
 
-    media_type = "text/event-stream"
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(text: bytes) -> None:
+            await send({"type": "http.response.body", "body": text, "more_body": True})
 
-    def __init__(
-        self, open_feed: Callable[[], AbstractContextManager[Feed[StructT]]], places: trio.CapacityLimiter
-    ) -> None:
-        self._open_feed = open_feed
-        self._places = places
-        self.status_code = 200
-        self.background = None
-        self.init_headers({"cache-control": "no-store"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._places.acquire_on_behalf_of_nowait(self)
+            places.acquire_on_behalf_of_nowait(answer)
         except trio.WouldBlock:
             await _busy(f"{MAX_STREAMS} streams are open")(scope, receive, send)
             return
         try:
-            with self._open_feed() as feed:
+            with open_feed() as feed:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    await self._write(send, b": open\n\n")
-                    await self._pass_on(feed, send)
+                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                    await write(b": open\n\n")
+                    # until the client reads so slowly that too much waits: it opens another stream then
+                    with suppress(trio.EndOfChannel):
+                        while True:
+                            text = b": keep-alive\n\n"
+                            with trio.move_on_after(KEEP_ALIVE_S):
+                                text = _event(await feed.get())
+                            await write(text)
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
                     nursery.cancel_scope.cancel()
         finally:
-            self._places.release_on_behalf_of(self)
+            places.release_on_behalf_of(answer)
 
-    async def _pass_on(self, feed: Feed[StructT], send: Send) -> None:
-        """Until the client reads so slowly that too much waits for it: it opens another stream then."""
-        with suppress(trio.EndOfChannel):
-            while True:
-                text = b": keep-alive\n\n"
-                with trio.move_on_after(KEEP_ALIVE_S):
-                    text = _event(await feed.get())
-                await self._write(send, text)
-
-    @staticmethod
-    async def _write(send: Send, text: bytes) -> None:
-        await send({"type": "http.response.body", "body": text, "more_body": True})
+    return answer
 
 
 def _event(value: msgspec.Struct) -> bytes:

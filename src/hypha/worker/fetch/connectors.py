@@ -6,11 +6,12 @@ parties raise comes out as ``Refused`` (asking again is no use) or ``TransferFai
 
 from __future__ import annotations
 
+import glob
 import logging
 import shutil
 import socket
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -22,13 +23,13 @@ import trio
 from hypha.backoff import Backoff
 from hypha.config.environment import goes_by_proxy
 from hypha.config.networks import is_address
-from hypha.errors import NetworkError, PeerUnreachable, Refused, TransferFailed
+from hypha.errors import Refused, TransferFailed
 from hypha.files.beneath import relative_path
 from hypha.files.disks import is_disk_full
 from hypha.files.staging import StagedFile
-from hypha.messages import FileList, HuggingFace, ListFiles, Local, PeerRef, Peers, PullFile, Reference, Uri
+from hypha.messages import FileList, HuggingFace, ListFiles, Local, Peers, PullFile, Reference, Uri
 from hypha.node import Node
-from hypha.runtime import chance, in_thread
+from hypha.runtime import in_thread
 from hypha.waiting import in_words, reminded
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.local import CHUNK_BYTES, fetch_local, safe_name
@@ -62,57 +63,39 @@ class Connectors:
         """
         self._allowance.check(reference)
         try:
-            return await self._fetch(reference, directory, job_id)
+            match reference:
+                case Peers():
+                    return await self._fetch_peers(reference, directory, job_id)
+                case Uri(value=what):
+                    fetch = partial(fetch_uri, what, directory, self._allowance)
+                case HuggingFace(repository=what):
+                    fetch = partial(fetch_hub, reference, directory, self._allowance.max_file_bytes)
+                case Local(url=what):
+                    fetch = partial(fetch_local, what, directory, self._allowance)
+                case _:
+                    raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
+
+            parts = urlsplit(what)
+            # without who signs in there, and with what
+            place = f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
+
+            def log(lasted_s: float) -> None:
+                size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+                text = "Fetching %s goes on since %s: %.1f MB are here."
+                logger.info(text, place, in_words(lasted_s), size / 1e6)
+
+            return await reminded(fetch, log)
         except (OSError, TransferFailed) as exc:
             for cause in (exc, exc.__cause__):
                 if cause is not None and is_disk_full(cause):
                     raise Refused("no-space", str(cause)) from exc
             raise
 
-    async def _fetch(self, reference: Reference, directory: Path, job_id: str) -> list[Path]:
-        match reference:
-            case Peers():
-                return await self._fetch_peers(reference, directory, job_id)
-            case Uri(value=what):
-                fetch = partial(fetch_uri, what, directory, self._allowance)
-            case HuggingFace(repository=what):
-                fetch = partial(fetch_hub, reference, directory, self._allowance.max_file_bytes)
-            case Local(url=what):
-                fetch = partial(fetch_local, what, directory, self._allowance)
-            case _:
-                raise Refused("invalid", f"{type(reference).__name__} cannot be fetched like this")
-        return await _reminding(_without_secrets(what), directory, job_id, fetch)
-
     async def _fetch_peers(self, reference: Peers, directory: Path, job_id: str) -> list[Path]:
-        """The whole resource from one peer, the next one where a peer fails. Which peers are asked first
-        is up to the strategy; files that are already here, by their hash, are not pulled again.
-        """
-        peers = list(reference.peers)
-        if reference.strategy == "random":
-            chance().shuffle(peers)
-        if not peers:
-            raise Refused("invalid", "no peer to fetch from")
-        if not reference.resource:
-            raise Refused("invalid", "fetching from peers needs the name of a resource")
-        failure: NetworkError = PeerUnreachable(peers[0].peer, "not tried")
-        have: dict[str, str] = {}
-        for peer in peers:
-            try:
-                return await self._fetch_resource(peer, reference.resource, directory, job_id, have)
-            except NetworkError as exc:
-                failure = exc
-                logger.warning(
-                    "Fetching %s failed: %s",
-                    reference.resource,
-                    exc,
-                    extra={"peer_id": peer.peer, "job_id": job_id},
-                )
-        raise failure
-
-    async def _fetch_resource(
-        self, peer: PeerRef, resource: str, directory: Path, job_id: str, have: dict[str, str]
-    ) -> list[Path]:
-        kind, _, name = resource.partition("/")
+        """The whole resource, from the first of the peers: an executor may name its scheduler alone."""
+        if not reference.peers or not reference.resource:
+            raise Refused("invalid", "fetching from peers needs a peer, and the name of a resource")
+        peer, (kind, _, name) = reference.peers[0], reference.resource.partition("/")
         listing = ListFiles(kind=kind, name=name, job_id=job_id)
         answer = await self._node.request(peer, listing, timeout_s=30.0)
         if not isinstance(answer, FileList):
@@ -127,39 +110,13 @@ class Connectors:
             except ValueError as exc:
                 raise Refused("invalid", f"a file is called {meta.name!r}", peer.peer) from exc
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if have.get(relative) != meta.blake3:
-                full = f"{name}/{relative}" if name else relative
-                what = PullFile(kind=kind, name=full, job_id=job_id)
-                limit = self._allowance.max_file_bytes
-                await self._node.transfers.pull(peer, what, path, meta, limit)
-                have[relative] = meta.blake3
+            full = f"{name}/{relative}" if name else relative
+            what = PullFile(kind=kind, name=full, job_id=job_id)
+            limit = self._allowance.max_file_bytes
+            await self._node.transfers.pull(peer, what, path, meta, limit)
             path.chmod(0o600)
             paths.append(path)
         return paths
-
-
-def _without_secrets(address: str) -> str:
-    """What it leads to, without who signs in there, and with what."""
-    parts = urlsplit(address)
-    return f"{parts.hostname}{parts.path}" if parts.hostname else parts.path
-
-
-async def _reminding(
-    what: str, directory: Path, job_id: str, fetch: Callable[[], Awaitable[list[Path]]]
-) -> list[Path]:
-    """What ``fetch`` does; once a minute it is logged how far that is."""
-
-    def log(lasted_s: float) -> None:
-        sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
-        logger.info(
-            "Fetching %s goes on since %s: %.1f MB are here.",
-            what,
-            in_words(lasted_s),
-            sum(sizes) / 1e6,
-            extra={"job_id": job_id},
-        )
-
-    return await reminded(fetch, log)
 
 
 async def fetch_uri(value: str, directory: Path, allowance: Allowance) -> list[Path]:
@@ -311,7 +268,7 @@ def _download_repository(
             # the commit, so that all files are of one state of a branch that may move meanwhile
             revision=info.sha or reference.revision,
             local_dir=directory,
-            allow_patterns=[_literal(filename) for filename in wanted],
+            allow_patterns=[glob.escape(filename) for filename in wanted],
             max_workers=4,
         )
     except hub.GatedRepoError as exc:
@@ -334,10 +291,6 @@ def _http_error_of(session: object) -> type[Exception]:
     library = sys.modules[type(session).__module__.partition(".")[0]]
     error: type[Exception] = getattr(library, "HTTPError", OSError)
     return error
-
-
-def _literal(filename: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in filename)
 
 
 def _first_line(exc: BaseException) -> str:

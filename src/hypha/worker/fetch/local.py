@@ -63,52 +63,47 @@ def chunks_of(source: BinaryIO) -> Iterator[bytes]:
 async def fetch_local(url: str, directory: Path, allowance: Allowance) -> list[Path]:
     """Copy a file, or all files below a directory, from a local path or any fsspec URL."""
     place = allowance.read_local(url)
-    if isinstance(place, Path):
-        return await in_thread(_copy_path, place, directory, allowance, limiter=_THREADS)
     # Back ends may be silent for minutes; after a cancellation the thread ends by itself.
-    return await in_thread(
-        _copy_url, place, directory, allowance.max_file_bytes, abandon_on_cancel=True, limiter=_THREADS
-    )
+    silent = not isinstance(place, Path)
+    return await in_thread(_copy, place, directory, allowance, abandon_on_cancel=silent, limiter=_THREADS)
 
 
-def _copy_path(place: Path, directory: Path, allowance: Allowance) -> list[Path]:
+def _copy(place: Path | str, directory: Path, allowance: Allowance) -> list[Path]:
+    with translated(place):
+        sources = _sources_at(place) if isinstance(place, str) else _sources_below(place, allowance)
+        limit = allowance.max_file_bytes
+        return [_copy_in(opener, directory, name, limit) for name, opener in sources.items()]
+
+
+def _sources_below(place: Path, allowance: Allowance) -> dict[str, Callable[[], BinaryIO]]:
     if place.is_file():
-        sources = {place.name: place}
-    elif place.is_dir():
-        files = sorted(path for path in place.rglob("*") if path.is_file())
-        # a link inside an allowed directory may point out of it
-        sources = {
-            path.relative_to(place).as_posix(): Path(allowance.read_local(str(path))) for path in files
-        }
-    else:
+        return {place.name: partial(_open, place)}
+    if not place.is_dir():
         raise Refused("not-found", f"no file or directory {place}")
-    limit = allowance.max_file_bytes
-    try:
-        return [_copy_in(partial(_open, path), directory, name, limit) for name, path in sources.items()]
-    except OSError as exc:
-        raise TransferFailed("this node", str(place), str(exc)) from exc
+    files = sorted(path for path in place.rglob("*") if path.is_file())
+    # a link inside an allowed directory may point out of it
+    return {
+        path.relative_to(place).as_posix(): partial(_open, Path(allowance.read_local(str(path))))
+        for path in files
+    }
+
+
+def _sources_at(url: str) -> dict[str, Callable[[], BinaryIO]]:
+    filesystem, root = fsspec.url_to_fs(url)
+    filesystem.invalidate_cache()
+    if filesystem.isfile(root):
+        return {safe_name(root, "file"): partial(filesystem.open, root, "rb")}
+    paths = filesystem.find(root)
+    if not paths:
+        raise Refused("not-found", f"nothing at {url}")
+    top = root.rstrip("/")
+    return {posixpath.relpath(path, top): partial(filesystem.open, path, "rb") for path in paths}
 
 
 def _open(path: Path) -> BinaryIO:
     """``path`` was resolved and allowed: whoever puts a link there now does not lead elsewhere."""
     with beneath.directory_below(Path("/"), path.parent.parts[1:]) as directory:
         return open(beneath.open_file(directory, path.name), "rb")
-
-
-def _copy_url(url: str, directory: Path, max_bytes: int) -> list[Path]:
-    with translated(url):
-        filesystem, root = fsspec.url_to_fs(url)
-        filesystem.invalidate_cache()
-        if filesystem.isfile(root):
-            sources = {safe_name(root, "file"): root}
-        else:
-            sources = {posixpath.relpath(path, root.rstrip("/")): path for path in filesystem.find(root)}
-        if not sources:
-            raise Refused("not-found", f"nothing at {url}")
-        return [
-            _copy_in(partial(filesystem.open, path, "rb"), directory, name, max_bytes)
-            for name, path in sources.items()
-        ]
 
 
 def _copy_in(opener: Callable[[], BinaryIO], directory: Path, name: str, max_bytes: int) -> Path:

@@ -17,19 +17,23 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path, PurePosixPath
 
+import trio
+
 from hypha.errors import HyphaError, Refused
-from hypha.files import beneath
+from hypha.files import beneath, disks
 from hypha.files.staging import StagedDirectory, remove_unfinished
-from hypha.runtime import new_id
+from hypha.runtime import in_thread, new_id
 
 logger = logging.getLogger(__name__)
 
 #: ``sun_path`` holds 108 bytes on Linux, 104 on macOS and the BSDs, a final zero included.
 MAX_SOCKET_PATH_BYTES = 103
+#: Threads that work on job directories: those of one job may take all of them, and no others of the worker.
+FILES = trio.CapacityLimiter(4)
 #: Directories of failed executors that are kept, newest first.
 KEPT_FAILURES = 5
 
@@ -37,8 +41,8 @@ PARTS = ("artifacts", "slices", "incoming", "outgoing")
 #: Of them, those that an executor only reads.
 READ_PARTS = ("artifacts", "slices")
 _PREFIX, _FAILED_PREFIX, _OWN_PREFIX = "hypha-", "failed-hypha-", ".hypha-"
-#: held while the worker runs; and, for a socket with a shorter path, the directory that it is in
-_LOCK, _ELSEWHERE = ".lock", ".socket-directory"
+#: held while the worker runs
+_LOCK = ".lock"
 #: of the worker's own directory: what is received, what is fetched, what is sent
 _RECEIVING, _FETCHING, _SENDING = "receiving", "fetching", "sending"
 #: beside a file that is being received: files that may be written over
@@ -57,7 +61,7 @@ class JobDirectory:
         self.socket_path = socket_path
         self._own = _own_of(path)
         self._lock = lock
-        self._sendings = itertools.count(1)
+        self._sendings, self._fetchings = itertools.count(1), itertools.count(1)
 
     @classmethod
     def create(cls, work_dir: Path) -> JobDirectory:
@@ -65,7 +69,7 @@ class JobDirectory:
         path = work_dir.resolve() / f"{_PREFIX}{new_id()}"
         socket_path = path / "bridge.sock"
         if len(os.fsencode(socket_path)) > MAX_SOCKET_PATH_BYTES:
-            socket_path = _short_directory() / "bridge.sock"
+            socket_path = _short_directory(path.name) / "bridge.sock"
         # Locked before it has a name that remove_stale of another worker looks for.
         own, lock = _own_of(path), -1
         try:
@@ -74,8 +78,6 @@ class JobDirectory:
                     (staged.path / name).mkdir(mode=0o700)
                 lock = os.open(staged.path / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if socket_path.parent != path:
-                    (staged.path / _ELSEWHERE).write_text(str(socket_path.parent))
                 staged.publish(replace=False)
             path.mkdir(mode=0o700)
             for name in PARTS:
@@ -108,8 +110,8 @@ class JobDirectory:
         """One of :data:`PARTS`."""
         return self.path / name
 
-    @contextmanager
-    def pinned(self, name: str, directory: bool = False) -> Iterator[Path]:
+    @asynccontextmanager
+    async def pinned(self, name: str, directory: bool = False) -> AsyncIterator[Path]:
         """The file (with ``directory`` also: directory) that the executor calls ``name``, under a name of the
         worker's own, where nobody puts another one in its place. ``Refused`` when it is none, or is reached
         through a link. Gone when the block ends.
@@ -122,13 +124,15 @@ class JobDirectory:
         place = self._own / _SENDING / str(next(self._sendings))
         target = place / pure.name
         try:
-            place.mkdir(mode=0o700)
-            self._pin(pure, target, directory)
+            # in a thread: there may be many files
+            await in_thread(self._pin, pure, target, directory, limiter=FILES)
             yield target
         finally:
-            _remove(place)
+            with trio.CancelScope(shield=True):
+                await in_thread(_remove, place, limiter=FILES)
 
     def _pin(self, pure: PurePosixPath, target: Path, directory: bool) -> None:
+        target.parent.mkdir(mode=0o700)
         try:
             with beneath.directory_below(self.path, pure.parent.parts) as parent:
                 mode = os.stat(pure.name, dir_fd=parent, follow_symlinks=False).st_mode
@@ -177,22 +181,22 @@ class JobDirectory:
         return f"incoming/{path.name}"
 
     @contextmanager
-    def fetching(self, number: int) -> Iterator[Path]:
-        """An empty directory that becomes ``artifacts/<number>`` when the block ends, and nothing when it
-        ends with an exception. ``Refused`` when the executor has put something else there.
+    def fetching(self) -> Iterator[Path]:
+        """An empty directory that becomes one of its name in ``artifacts`` when the block ends, and nothing
+        when it ends with an exception. ``Refused`` when the executor has put something else there.
         """
-        place = self._own / _FETCHING / str(number)
+        place = self._own / _FETCHING / str(next(self._fetchings))
         place.mkdir(mode=0o700)
         try:
             yield place
-            self._hand_over(place, "artifacts", str(number))
+            self._hand_over(place, "artifacts", place.name)
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
     def _hand_over(self, path: Path, part: str, name: str) -> None:
         try:
             with beneath.directory_below(self.path, (part,)) as directory:
-                beneath.move_into(path, directory, name)
+                os.rename(path, name, dst_dir_fd=directory)
         except OSError as exc:
             raise Refused(
                 "invalid", f"{part}/{name} of the job directory is not as the worker made it: {exc.strerror}"
@@ -240,16 +244,16 @@ def _short_places() -> list[Path]:
     return [Path(f"/run/user/{os.getuid()}"), Path("/tmp"), Path("/var/tmp"), Path(tempfile.gettempdir())]
 
 
-def _short_directory() -> Path:
-    """A new directory, 0700, for a socket. Raises :class:`HyphaError` when no path is short enough."""
+def _short_directory(name: str) -> Path:
+    """A new directory, 0700, for the socket of the job directory ``name``. Raises :class:`HyphaError` when no
+    path is short enough.
+    """
     for place in _short_places():
-        try:
-            made = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
-        except OSError:
-            continue
+        made = place / name
         if len(os.fsencode(made / "bridge.sock")) <= MAX_SOCKET_PATH_BYTES:
-            return made
-        made.rmdir()
+            with contextlib.suppress(OSError):
+                made.mkdir(mode=0o700)
+                return made
     places = ", ".join(map(str, _short_places()))
     raise HyphaError(
         f"work_dir is too long a path for a socket, and none can be made in {places}; shorten it"
@@ -265,13 +269,6 @@ def _remove(path: Path) -> None:
         logger.warning("Cannot remove %s: %s", path, exc.strerror or exc, extra={"path": path})
 
 
-def _remove_stale_socket(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        elsewhere = Path((path / _ELSEWHERE).read_text())
-        if elsewhere.name.startswith(_PREFIX) and elsewhere.parent in _short_places():
-            _remove(elsewhere)
-
-
 def remove_stale(work_dir: Path) -> list[Path]:
     """Remove job directories whose worker is gone; returns them."""
     removed = []
@@ -279,27 +276,14 @@ def remove_stale(work_dir: Path) -> list[Path]:
         return []
     remove_unfinished(work_dir, lambda name: name.startswith(_OWN_PREFIX))
     for own in work_dir.glob(f"{_OWN_PREFIX}*"):
-        removed += _remove_dead(own, own.with_name(own.name.removeprefix(".")))
-    for path in work_dir.glob(f"{_PREFIX}*"):
-        # of a release that kept its lock where the executor could write
-        if not _own_of(path).exists():
-            removed += _remove_dead(path, path)
+        try:
+            lock = disks.lock(own / _LOCK, fcntl.LOCK_EX)
+        except OSError:
+            continue  # no job directory of ours
+        if lock is not None:
+            path = own.with_name(own.name.removeprefix("."))
+            for one in (path, *(place / path.name for place in _short_places()), own):
+                _remove(one)
+            os.close(lock)
+            removed.append(path)
     return removed
-
-
-def _remove_dead(own: Path, path: Path) -> list[Path]:
-    """``own`` and ``path``, if ``own`` has a lock that nobody holds."""
-    try:
-        lock = os.open(own / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return []  # no job directory of ours
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove_stale_socket(own)
-        for one in {path, own}:
-            _remove(one)
-        return [path]
-    except BlockingIOError:
-        return []
-    finally:
-        os.close(lock)

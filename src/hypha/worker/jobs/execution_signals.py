@@ -11,7 +11,6 @@ from opentelemetry.trace import Span, use_span
 from hypha import tracing
 from hypha.messages import (
     CloseRound,
-    Contribution,
     Directive,
     Event,
     Job,
@@ -23,14 +22,15 @@ from hypha.messages import (
     RoundApplied,
     RoundStarted,
     Traced,
-    UpdateReceived,
-    UpdateSent,
 )
 from hypha.telemetry import instruments as metrics
 from hypha.tracing import round_traceparent, start_span, traceparent
 from hypha.tracing.operations import EXECUTE
 
 logger = logging.getLogger("hypha.worker")
+
+#: Characters of an event in a log line.
+_LONGEST = 500
 
 
 class ExecutionSignals:
@@ -50,14 +50,8 @@ class ExecutionSignals:
         self._loaded = False
         #: the round that is being closed, and since when
         self._closing: tuple[int, float] | None = None
-        self._round_since: float | None = None
         self.round: int | None = None
-
-    @property
-    def fields(self) -> dict[str, object]:
-        """Of each line of its output: job, worker, and the round where that is known."""
-        known: dict[str, object] = {"job_id": self._job.job_id, "worker_peer_id": self._job.me}
-        return known if self.round is None else {**known, "round": self.round}
+        self._fields = {"job_id": job.job_id, "worker_peer_id": job.me}
 
     def begin(self) -> Traced | None:
         """The executor is about to be started; what it needs to know of traces."""
@@ -108,7 +102,7 @@ class ExecutionSignals:
 
     def steered(self, directive: Directive) -> None:
         what = directive if isinstance(directive, Plan | CloseRound) else type(directive).__name__
-        logger.debug("Passing on %s.", what, extra=self.fields)
+        logger.debug("Passing on %s.", what, extra=self._fields)
         if isinstance(directive, CloseRound) and (
             self._closing is None or self._closing[0] != directive.round
         ):
@@ -116,71 +110,26 @@ class ExecutionSignals:
 
     def theta_arrived(self, round_: int, size: int) -> None:
         self.round = round_
-        logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self.fields)
+        logger.debug("Theta of round %d was received: %d bytes.", round_, size, extra=self._fields)
 
     def reported(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            at, before = self._progress
+            reported = (event.round, event.attempt)
+            # a round that begins anew counts from nothing
+            counted = before if at == reported and event.samples >= before else 0
+            metrics.TRAINING_SAMPLES.add(max(0, event.samples - counted))
+            self._progress = (reported, max(0, event.samples))
+            return
         now = trio.current_time()
-        match event:
-            case Progress():
-                self._count(event)
-            case Loaded() | ModelReady():
-                if not self._loaded:
-                    self._loaded = True
-                    metrics.EXECUTOR_LOADING.record(now - self._began, kind=self._kind)
-                    logger.debug(
-                        "The executor has its model, %.2f s after the dispatch.",
-                        now - self._began,
-                        extra=self.fields,
-                    )
-                if isinstance(event, ModelReady):
-                    self.round = event.round
-            case RoundStarted():
-                self.round = event.round
-                self._round_since = now
-                logger.debug("Round %d has started.", event.round, extra=self.fields)
-            case UpdateSent(contribution=part):
-                self._trained(part, now)
-            case UpdateReceived():
-                logger.debug(
-                    "The update of %s was added: %d samples.", event.worker, event.samples, extra=self.fields
-                )
-            case RoundApplied():
-                self._applied(event, now)
-            case _:
-                logger.debug("The executor reports %s.", type(event).__name__, extra=self.fields)
-
-    def _count(self, report: Progress) -> None:
-        at, before = self._progress
-        reported = (report.round, report.attempt)
-        # a round that begins anew counts from nothing
-        counted = before if at == reported and report.samples >= before else 0
-        metrics.TRAINING_SAMPLES.add(max(0, report.samples - counted))
-        self._progress = (reported, max(0, report.samples))
-
-    def _trained(self, part: Contribution, now: float) -> None:
-        since, self._round_since = self._round_since, None
-        if since is not None:
-            logger.debug(
-                "Round %d was trained, and its update sent, within %.2f s: %d samples in %d batches, "
-                "loss %.4f.",
-                part.round,
-                now - since,
-                part.samples,
-                part.batches,
-                part.loss,
-                extra=self.fields,
-            )
-
-    def _applied(self, event: RoundApplied, now: float) -> None:
-        closing, self._closing = self._closing, None
-        self.round = event.round + 1
-        if closing is not None and closing[0] == event.round:
-            metrics.OUTER_STEP_DURATION.record(now - closing[1])
-            logger.debug(
-                "The outer step of round %d took %.3f s: %d updates, norm %g.",
-                event.round,
-                now - closing[1],
-                len(event.contributors),
-                event.update_norm,
-                extra=self.fields,
-            )
+        logger.debug("The executor reports %s.", str(event)[:_LONGEST], extra=self._fields)
+        if isinstance(event, Loaded | ModelReady) and not self._loaded:
+            self._loaded = True
+            metrics.EXECUTOR_LOADING.record(now - self._began, kind=self._kind)
+        if isinstance(event, ModelReady | RoundStarted):
+            self.round = event.round
+        elif isinstance(event, RoundApplied):
+            closing, self._closing = self._closing, None
+            self.round = event.round + 1
+            if closing is not None and closing[0] == event.round:
+                metrics.OUTER_STEP_DURATION.record(now - closing[1])

@@ -4,7 +4,8 @@ A sign is any event on its bridge. An executor that has nothing to do (it waits 
 updates) sends :class:`Alive` while it waits, from the very thread that works otherwise; so a stopped process
 and an endless batch look the same, and a long wait does not. Held to that are Hypha's own executors and those
 whose owner gave them a ``hang_s``, from their start; any other from its first ``Alive`` on. Who never sends
-it is not watched: what it owes its job is the business of the scheduler's deadlines. Pure, but for the loop.
+it is not watched: what it owes its job is the business of the scheduler's deadlines. Calls and output are no
+signs: a prefetching thread makes them beside a dead loop. Pure, but for the loop.
 """
 
 from __future__ import annotations
@@ -27,27 +28,22 @@ _LONGEST_PAUSE_S = 5.0
 
 
 class Watch:
-    """One executor, started at ``now``, which may be silent for ``working_s`` once its model is there (0: for
-    ever), and is ``watched`` from the start. :meth:`look` is to be called every :attr:`pause_s`.
+    """One executor, started at ``now``: once its model is there, it may be silent for as long as the worker's
+    owner says, or the job where that is less (0: for ever). :meth:`look` is to be called every
+    :attr:`pause_s`.
     """
 
-    def __init__(self, working_s: float, watched: bool, now: float) -> None:
-        self._working_s = working_s
-        self._watched = watched
+    def __init__(self, worker: WorkerConfig, executor: ExecutorConfig, job: Job, now: float) -> None:
+        hang_s = worker.hang_s if executor.hang_s is None else executor.hang_s
+        shorter_s = job.hang_s if isinstance(job, TrainJob) else None
+        self._working_s = min(hang_s, shorter_s or hang_s)
+        self._watched = executor.cmd is None or executor.hang_s is not None
         #: its model is not there yet
         self.loading = True
         self._last_at = self._looked_at = now
         self._last = ""
         #: what is to be reported of its end, once it was found to hang
         self.verdict = ""
-
-    @classmethod
-    def of(cls, worker: WorkerConfig, executor: ExecutorConfig, job: Job, now: float) -> Watch:
-        """As the worker's owner wants it, or the job where that is sooner."""
-        hang_s = worker.hang_s if executor.hang_s is None else executor.hang_s
-        shorter_s = job.hang_s if isinstance(job, TrainJob) else None
-        watched = executor.cmd is None or executor.hang_s is not None
-        return cls(min(hang_s, shorter_s or hang_s), watched, now)
 
     @property
     def pause_s(self) -> float:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,19 +36,9 @@ PREFIX = "hypha-"
 _STALE_S = 600.0
 
 
-@dataclass(frozen=True)
-class CgroupPlaces:
-    """Where this process may make cgroups: ``v2`` holds the controllers ``v2_has``, ``v1`` one each."""
-
-    v2: Path | None = None
-    v1: Mapping[str, Path] = field(default_factory=dict)
-    v2_has: frozenset[str] = frozenset({"memory", "cpu"})
-
-    def version(self, controller: Controller) -> str | None:
-        """``v2`` or ``v1``; None where there is no such controller."""
-        if self.v2 is not None and controller in self.v2_has:
-            return "v2"
-        return "v1" if controller in self.v1 else None
+#: Where this process may make cgroups: for each controller, of which version its hierarchy is, and in what
+#: directory.
+CgroupPlaces = Mapping[Controller, tuple[Literal["v2", "v1"], Path]]
 
 
 def find_cgroups(mountinfo: str, membership: str) -> tuple[Path | None, dict[str, Path]]:
@@ -107,25 +96,26 @@ def usable_cgroups() -> CgroupPlaces:
     try:
         v2, v1 = find_cgroups(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
     except (OSError, ValueError):
-        return CgroupPlaces()
+        return {}
+    usable: dict[Controller, tuple[Literal["v2", "v1"], Path]] = {}
     has = frozenset[str]() if v2 is None else usable_v2(v2)
-    # The owner of a file may write to it whatever its mode says, so only trying tells.
-    usable = {}
-    for controller, place in v1.items():
-        if controller in has:
-            continue
-        probe = place / f"hypha-probe-{os.getpid()}"
-        with contextlib.suppress(OSError):
-            probe.mkdir()
-            probe.rmdir()
-            usable[controller] = place
-    return CgroupPlaces(v2=v2 if has else None, v1=usable, v2_has=has)
+    for controller in CONTROLLERS:
+        if v2 is not None and controller in has:
+            usable[controller] = ("v2", v2)
+        elif controller in v1:
+            # The owner of a file may write to it whatever its mode says, so only trying tells.
+            probe = v1[controller] / f"hypha-probe-{os.getpid()}"
+            with contextlib.suppress(OSError):
+                probe.mkdir()
+                probe.rmdir()
+                usable[controller] = ("v1", v1[controller])
+    return usable
 
 
 def remove_stale_groups(places: CgroupPlaces) -> int:
     """Remove empty groups that workers which were killed have left behind; how many."""
     removed = 0
-    for place in {*places.v1.values(), *([places.v2] if places.v2 is not None else [])}:
+    for place in {place for _, place in places.values()}:
         for group in place.glob(f"{PREFIX}*"):
             # a group that has processes, or children, cannot be removed
             with contextlib.suppress(OSError):
@@ -139,13 +129,16 @@ def make_groups(places: CgroupPlaces, name: str, resources: Resources, processes
     """Groups called ``name`` that bound the cores and memory of ``resources``, and ``processes`` with their
     threads, as far as there are controllers; 0 is no bound. Raises OSError.
     """
+    wanted: dict[Path, Settings] = {}
+    for controller, (version, place) in places.items():
+        must, may = _settings(controller, version, resources, processes)
+        if must:
+            before = wanted.get(place / name, ({}, {}))
+            wanted[place / name] = (before[0] | must, before[1] | may)
     made: list[Path] = []
     try:
-        if places.v2 is not None and (settings := _settings_v2(places, resources, processes)):
-            made.append(_write_group(places.v2 / name, *settings))
-        for controller, place in places.v1.items():
-            if settings := _settings_v1(controller, resources, processes):
-                made.append(_write_group(place / name, *settings))
+        for group, settings in wanted.items():
+            made.append(_write_group(group, *settings))
     except OSError:
         for group in made:
             group.rmdir()
@@ -153,42 +146,32 @@ def make_groups(places: CgroupPlaces, name: str, resources: Resources, processes
     return tuple(made)
 
 
+#: what must be written, and what not every kernel has
 Settings = tuple[dict[str, str], dict[str, str]]
 
 
-def _settings_v2(places: CgroupPlaces, resources: Resources, processes: int) -> Settings | None:
-    """What must be written, and what not every kernel has."""
-    must: dict[str, str] = {}
-    may: dict[str, str] = {}
-    if resources.memory and "memory" in places.v2_has:
-        must |= {"memory.max": str(int(resources.memory * GB)), "memory.oom.group": "1"}
-        # An executor that swaps slows down everybody; kernels without swap accounting lack the file.
-        may["memory.swap.max"] = "0"
-    if resources.cpu and "cpu" in places.v2_has:
-        must["cpu.max"] = f"{_quota_us(resources.cpu)} {CPU_PERIOD_US}"
-        # where more is leased than there is (several workers on a machine), each gets its share
-        may["cpu.weight"] = str(min(10_000, max(1, round(resources.cpu * _WEIGHT_V2))))
-    if processes and "pids" in places.v2_has:
-        must["pids.max"] = str(processes)
-    return (must, may) if must else None
-
-
-def _settings_v1(controller: str, resources: Resources, processes: int) -> Settings | None:
-    if controller == "memory" and resources.memory:
-        limit = str(int(resources.memory * GB))
-        return {"memory.limit_in_bytes": limit}, {"memory.memsw.limit_in_bytes": limit}
-    if controller == "cpu" and resources.cpu:
-        return (
-            {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": str(_quota_us(resources.cpu))},
-            {"cpu.shares": str(max(2, round(resources.cpu * _SHARES_V1)))},
-        )
-    if controller == "pids" and processes:
-        return {"pids.max": str(processes)}, {}
-    return None
-
-
-def _quota_us(cpu: float) -> int:
-    return max(_LEAST_QUOTA_US, int(cpu * CPU_PERIOD_US))
+def _settings(controller: Controller, version: str, resources: Resources, processes: int) -> Settings:
+    memory = str(int(resources.memory * GB))
+    quota = str(max(_LEAST_QUOTA_US, int(resources.cpu * CPU_PERIOD_US)))
+    match controller, version:
+        case "memory", "v2" if resources.memory:
+            # An executor that swaps slows down everybody; kernels without swap accounting lack the file.
+            return {"memory.max": memory, "memory.oom.group": "1"}, {"memory.swap.max": "0"}
+        case "memory", "v1" if resources.memory:
+            return {"memory.limit_in_bytes": memory}, {"memory.memsw.limit_in_bytes": memory}
+        case "cpu", "v2" if resources.cpu:
+            # where more is leased than there is (several workers on a machine), each gets its share
+            weight = min(10_000, max(1, round(resources.cpu * _WEIGHT_V2)))
+            return {"cpu.max": f"{quota} {CPU_PERIOD_US}"}, {"cpu.weight": str(weight)}
+        case "cpu", "v1" if resources.cpu:
+            return (
+                {"cpu.cfs_period_us": str(CPU_PERIOD_US), "cpu.cfs_quota_us": quota},
+                {"cpu.shares": str(max(2, round(resources.cpu * _SHARES_V1)))},
+            )
+        case "pids", _ if processes:
+            return {"pids.max": str(processes)}, {}
+        case _:
+            return {}, {}
 
 
 def _write_group(group: Path, must: Mapping[str, str], may: Mapping[str, str]) -> Path:
@@ -216,11 +199,12 @@ def counted(group: Path, file: str, event: str) -> int:
 
 
 async def remove_group(group: Path) -> None:
-    """Delete it. The kernel needs a moment after the last process has gone."""
+    """Delete it, and kill whoever is in it still, wherever it has hidden from its keeper. The kernel needs a
+    moment after the last process has gone.
+    """
     for _ in range(100):
         if _removed(group):
             return
-        _kill_group(group)
         await trio.sleep(0.02)
     logger.warning("Cannot remove cgroup %s: it still has processes.", group)
 
@@ -228,20 +212,17 @@ async def remove_group(group: Path) -> None:
 def _removed(group: Path) -> bool:
     try:
         group.rmdir()
+        return True
     except FileNotFoundError:
         return True
     except OSError:
-        return False
-    return True
-
-
-def _kill_group(group: Path) -> None:
-    """Whoever is in it still, wherever it has hidden from its keeper."""
-    with contextlib.suppress(OSError):
+        pass
+    try:
         (group / "cgroup.kill").write_text("1")
-        return
-    # v1 has no such file, nor has an old v2
-    with contextlib.suppress(OSError):
-        for pid in (group / "cgroup.procs").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        # v1 has no such file, nor has an old v2
+        with contextlib.suppress(OSError):
+            for pid in (group / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+    return False

@@ -19,12 +19,13 @@ import psutil
 
 from hypha.files.disks import existing, free_bytes
 from hypha.messages import Resources
-from hypha.worker.limits.cgroups import GB
+from hypha.worker.limits.cgroups import GB, Controller, find_cgroups
 from hypha.worker.limits.gpus import Gpu, find_gpus
 from hypha.worker.limits.usage import disk_usage
 
 #: more than is there by less than this share is rounding, not a claim
 _ROUNDING = 0.01
+_ALL = "all of this machine"
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ def detect(
     it holds counts as free, as it is deleted for other data. The kernel describes itself below ``root``.
     Blocks for some milliseconds.
     """
-    cpu, cpu_by = min([_cores(), *_cpu_limits(root)], key=itemgetter(0))
-    memory, memory_by = min([_memory(root), *_memory_limits(root)], key=itemgetter(0))
+    cores, all_ = len(usable_cores()), os.cpu_count() or 1
+    cores_by = _ALL if cores >= all_ else f"this process is pinned to {cores} of {all_} cores"
+    cpu, cpu_by = min([(float(cores), cores_by), *_cpu_limits(root)], key=itemgetter(0))
+    memory, memory_by = min(
+        [(float(psutil.virtual_memory().total), _ALL), *_memory_limits(root)], key=itemgetter(0)
+    )
     free, held = free_bytes(existing(work_dir)), disk_usage([work_dir / "cache"])
     cached = f", {held / GB:.1f} GB of it held by the slice cache" if held else ""
     return DetectedMachine(
@@ -125,22 +130,6 @@ def usable_cores() -> tuple[int, ...]:
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
-
-
-def _cores() -> tuple[float, str]:
-    cores, all_ = len(usable_cores()), os.cpu_count() or 1
-    if cores < all_:
-        return float(cores), f"this process is pinned to {cores} of {all_} cores"
-    return float(cores), "all of this machine"
-
-
-def _memory(root: Path) -> tuple[float, str]:
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc" / "meminfo").read_text().splitlines():
-            name, _, amount = line.partition(":")
-            if name == "MemTotal":
-                return int(amount.split()[0]) * 1024.0, "all of this machine"
-    return float(psutil.virtual_memory().total), "all of this machine"
 
 
 def _cpu_limits(root: Path) -> Iterator[tuple[float, str]]:
@@ -165,23 +154,14 @@ def _memory_limits(root: Path) -> Iterator[tuple[float, str]]:
                 yield limit, f"the limit of this process's cgroup ({version})"
 
 
-def _chain(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of the control groups that this process is in, and of those above them."""
+def _chain(root: Path, controller: Controller) -> Iterator[Path]:
+    """Directories of the control groups that this process is in, and those above them."""
     try:
-        lines = (root / "proc" / "self" / "cgroup").read_text().splitlines()
-    except OSError:
+        own = root / "proc" / "self"
+        v2, v1 = find_cgroups((own / "mountinfo").read_text(), (own / "cgroup").read_text())
+    except (OSError, ValueError):
         return
-    cgroups = root / "sys" / "fs" / "cgroup"
-    for line in lines:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            top = cgroups
-        elif controller in controllers.split(","):
-            top = cgroups / controller
-        else:
-            continue
-        place = top / path.lstrip("/")
-        while place != top and top in place.parents:
-            yield place
-            place = place.parent
-        yield top
+    for place in (v2, v1.get(controller)):
+        if place is not None:
+            for group in (place, *place.parents):
+                yield root / group.relative_to("/")

@@ -103,15 +103,10 @@ def _of_rocm(directory: Path) -> Iterator[Gpu]:
                 with contextlib.suppress(ValueError):
                     held += int(bank.get("size_in_bytes", "0"))
         model = _text(node / "name") or f"AMD GPU (gfx {about.get('gfx_target_version', '?')})"
-        yield Gpu("amd", str(index), model, held, "ROCm's kernel driver", _rocm_identifier(about))
+        unique = about.get("unique_id", "")
+        identifier = f"GPU-{int(unique):016x}" if unique.isdecimal() and int(unique) else ""
+        yield Gpu("amd", str(index), model, held, "ROCm's kernel driver", identifier)
         index += 1
-
-
-def _rocm_identifier(about: Mapping[str, str]) -> str:
-    with contextlib.suppress(ValueError):
-        number = int(about.get("unique_id", "0"))
-        return f"GPU-{number:016x}" if number else ""
-    return ""
 
 
 def _visible(gpus: Sequence[Gpu], environment: Mapping[str, str]) -> tuple[Gpu, ...]:
@@ -126,18 +121,17 @@ def _visible(gpus: Sequence[Gpu], environment: Mapping[str, str]) -> tuple[Gpu, 
     for name in (part.strip() for part in named.split(",")):
         if not name:
             continue
-        known = next((gpu for gpu in gpus if _is_named(gpu, name)), None)
+        # by its number, or by the beginning of its identifier
+        known = next(
+            (one for one in gpus if name == one.name or (len(name) > 4 and one.identifier.startswith(name))),
+            None,
+        )
         if known is None and (name.isdigit() or name.startswith("-")):
             break  # as the drivers do: what follows a number that does not exist is hidden too
         model, memory = (known.model, known.memory_bytes) if known is not None else (name, 0)
         source = known.source if known is not None else VISIBLE[first.vendor]
         found.append(Gpu(first.vendor, name, model, memory, source, known.identifier if known else name))
     return tuple(found)
-
-
-def _is_named(gpu: Gpu, name: str) -> bool:
-    """By its number, or by the beginning of its identifier."""
-    return name == gpu.name or (len(name) > 4 and gpu.identifier.startswith(name))
 
 
 def _listed(directory: Path) -> list[Path]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,15 @@ from hypha.messages import Resources
 from hypha.runtime import is_simulated
 from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.worker.jobs.directory import JobDirectory
-from hypha.worker.limits.cgroups import GB, CgroupPlaces, counted, make_groups, remove_group
+from hypha.worker.limits.cgroups import (
+    CONTROLLERS,
+    GB,
+    CgroupPlaces,
+    Controller,
+    counted,
+    make_groups,
+    remove_group,
+)
 from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, gpu_environment
 from hypha.worker.limits.quotas import ProjectQuotas
 from hypha.worker.limits.usage import LOOK_S, CorePins, Excess, Quota, excess, keep_within
@@ -45,71 +54,28 @@ _FILES = {
     ("pids", "v2"): "pids.max",
     ("pids", "v1"): "pids.max",
 }
+_NO_GPU = GpuShare()
 _LINUX = sys.platform == "linux"
 
 
-@dataclass
-class Limits:
-    """What is in force for one executor. ``groups`` are cgroup directories made for it, which
-    :meth:`remove` deletes once its processes are gone; ``quota`` is what the worker watches itself.
+@dataclass(frozen=True)
+class Means:
+    """What a worker holds its executors to their leases with: ``cores`` hands out cores where no cgroup
+    counts their use (without, executors are pinned to none), ``max_processes`` is the owner's own number,
+    ``quotas`` are those of the file system of ``work_dir``.
     """
 
-    description: str
-    environment: dict[str, str] = field(default_factory=dict)
-    groups: tuple[Path, ...] = ()
-    rlimits: tuple[tuple[str, int], ...] = ()
-    cores: tuple[int, ...] = ()
-    quota: Quota = field(default_factory=Quota)
-    pins: CorePins | None = None
-    #: the file system's own quota, and its number there
-    project: tuple[ProjectQuotas, int] | None = None
+    mode: Mode = "auto"
+    cgroups: CgroupPlaces = field(default_factory=dict)
+    max_processes: int | None = None
+    gpus: tuple[Gpu, ...] = ()
+    cores: CorePins | None = None
+    quotas: ProjectQuotas | None = None
 
-    def launch_options(self) -> list[str]:
-        """For :mod:`hypha.processes.keeper`, which applies them before the child becomes the executor."""
-        options = []
-        for group in self.groups:
-            options += ["--cgroup", str(group / "cgroup.procs")]
-        for name, amount in self.rlimits:
-            options += ["--rlimit", f"{name}={amount}"]
-        if self.cores:
-            options += ["--cores", ",".join(map(str, self.cores))]
-        return options
-
-    def denied(self) -> Excess | None:
-        """What these cgroups have denied the executor, in words that say what helps. One that was killed by
-        anybody else is not reported as one that it was for want of memory.
-        """
-        for group in self.groups:
-            # v2 and v1 give the file other names and write the same line
-            if any(counted(group, file, "oom_kill") for file in ("memory.events", "memory.oom_control")):
-                return Excess(
-                    "oom",
-                    f"the kernel killed it for want of memory (its limits: {self.description}); the job's "
-                    "resources.worker.memory, or resources.parameter_server.memory, may be too low",
-                    "memory",
-                )
-        if self.project is not None and self.quota.disk_bytes:
-            quotas, number = self.project
-            if (used := quotas.used_bytes(number)) >= _FULL * self.quota.disk_bytes:
-                return excess(Quota(self.quota.disk_bytes), max(used, self.quota.disk_bytes + 1), 0)
-        for group in self.groups:
-            if times := counted(group, "pids.events", "max"):
-                return Excess(
-                    "internal",
-                    f"it was refused another process or thread {times} times (its limits: "
-                    f"{self.description}); if it needs so many, set its worker's limits.max_processes higher",
-                    "processes",
-                )
-        return None
-
-    async def remove(self) -> None:
-        if self.pins is not None:
-            self.pins.release(self.cores)
-        if self.project is not None:
-            quotas, number = self.project
-            quotas.release(number)
-        for group in self.groups:
-            await remove_group(group)
+    def version(self, controller: Controller) -> str | None:
+        """``v1`` or ``v2`` where a cgroup bounds what ``controller`` counts; None: another means does."""
+        used = controller in self.cgroups and self.mode in ("auto", "cgroup")
+        return self.cgroups[controller][0] if used else None
 
 
 def thread_environment(count: int) -> dict[str, str]:
@@ -129,7 +95,7 @@ def no_cgroups() -> ConfigError:
 
 def suffice(places: CgroupPlaces) -> bool:
     """Whether a configuration that insists on cgroups has what it insists on."""
-    return None not in (places.version("memory"), places.version("cpu"))
+    return "memory" in places and "cpu" in places
 
 
 def most_processes(cpu: float, wanted: int | None) -> int:
@@ -141,165 +107,180 @@ def most_processes(cpu: float, wanted: int | None) -> int:
 
 def mechanisms(means: Means, cache_gb: float) -> dict[str, str]:
     """By what each resource is enforced on this machine, in words."""
-    mode, gpus = means.mode, means.gpus
+    gpus = means.gpus
     gpu = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's") if gpus else "there are none"
     cache = f"the worker lets go of slices at {cache_gb:g} GB"
-    if mode == "none":
+    if means.mode == "none":
         nothing = 'not enforced: limits = "none"'
         return dict.fromkeys(("memory", "cores", "processes", "disk"), nothing) | {
             "gpus": gpu,
             "cache": cache,
         }
     watched = f"watched by the worker every {LOOK_S:g} s"
-    without = {
+    without: dict[Controller, str] = {
         "memory": "RLIMIT_DATA of each process" if _LINUX else "not enforced: no cgroups and no Linux here",
         "cpu": "affinity and thread counts" if _LINUX else "thread counts",
         "pids": watched if _LINUX else "not enforced: no cgroups and no Linux here",
     }
     found = {
-        controller: without[controller]
-        if mode == "rlimit" or (version := means.cgroups.version(controller)) is None
-        else f"cgroup {version} ({_FILES[controller, version]})"
-        for controller in ("memory", "cpu", "pids")
+        controller: f"cgroup {version} ({_FILES[controller, version]})"
+        if (version := means.version(controller)) is not None
+        else without[controller]
+        for controller in CONTROLLERS
     }
     return {
         "memory": found["memory"],
         "cores": found["cpu"],
         "processes": found["pids"],
         "gpus": f"{gpu}; memory by the cap of torch" if gpus else gpu,
-        "disk": watched if means.quotas is None else f"project quota ({means.quotas.volume.kind})",
+        "disk": watched if means.quotas is None else f"project quota ({means.quotas.kind})",
         "cache": cache,
     }
 
 
-def _bound(
-    quotas: ProjectQuotas | None, directories: Sequence[Path], size_bytes: int
-) -> tuple[ProjectQuotas, int] | None:
-    if quotas is None:
-        return None
-    try:
-        return quotas, quotas.bound(directories, size_bytes)
-    except OSError as exc:
-        logger.warning("The job directory is watched, as it can have no project quota: %s", exc)
-        return None
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a worker holds its executors to their leases with: ``cores`` hands out cores where no cgroup
-    counts their use (without, executors are pinned to none), ``max_processes`` is the owner's own number,
-    ``quotas`` are those of the file system of ``work_dir``.
-    """
-
-    mode: Mode = "auto"
-    cgroups: CgroupPlaces = field(default_factory=CgroupPlaces)
-    max_processes: int | None = None
-    gpus: tuple[Gpu, ...] = ()
-    cores: CorePins | None = None
-    quotas: ProjectQuotas | None = None
-
-
-def apply_limits(means: Means, name: str, resources: Resources, directories: Sequence[Path] = ()) -> Limits:
-    """Limits for an executor under ``resources``; ``name`` names its cgroups. What comes into ``directories``
-    is bounded by a quota where there are quotas.
-
-    Raises :class:`ConfigError` when the configuration insists on cgroups and there are none.
-    """
-    mode, places, cores = means.mode, means.cgroups, means.cores
-    if mode == "none":
-        return Limits(description="no limits: switched off by configuration")
-    if mode == "cgroup" and not suffice(places):
-        raise no_cgroups()
-    processes = most_processes(resources.cpu, means.max_processes)
-    if mode == "rlimit":
-        places = CgroupPlaces()
-    try:
-        groups = make_groups(places, name, resources, processes)
-    except OSError as exc:
-        if mode == "cgroup":
-            raise no_cgroups() from exc
-        logger.warning("Cannot make cgroup %s: %s", name, exc)
-        groups, places = (), CgroupPlaces()
-    threads = thread_environment(max(1, math.floor(resources.cpu))) if resources.cpu else {}
-    limits = Limits("", threads, groups)
-    parts: list[str] = []
-    if resources.memory:
-        if version := places.version("memory"):
-            parts.append(f"{resources.memory:g} GB memory by cgroup {version}")
-        elif _LINUX:
-            # RLIMIT_DATA counts private writable memory; RLIMIT_AS would also count CUDA's and torch's
-            # large reservations of mere address space.
-            limits.rlimits = (("RLIMIT_DATA", int(resources.memory * GB)),)
-            parts.append(f"{resources.memory:g} GB memory of each process by a resource limit")
-    if resources.cpu:
-        if version := places.version("cpu"):
-            parts.append(f"{resources.cpu:g} cores by cgroup {version}")
-        else:
-            limits.pins, limits.cores = cores, cores.pin(resources.cpu) if cores is not None else ()
-            by = f"affinity ({','.join(map(str, limits.cores))}) and thread counts" if limits.cores else ""
-            parts.append(f"{resources.cpu:g} cores by {by or 'thread counts'}")
-    watched = 0
-    if processes:
-        if version := places.version("pids"):
-            parts.append(f"{processes} processes by cgroup {version}")
-        elif _LINUX:
-            watched = processes
-            parts.append(f"{processes} processes, watched")
-    if resources.storage:
-        limits.project = _bound(means.quotas, directories, int(resources.storage * GB))
-        by = "watched" if limits.project is None else "by a project quota"
-        parts.append(f"{resources.storage:g} GB in its directory, {by}")
-    limits.quota = Quota(int(resources.storage * GB), watched)
-    limits.description = ", ".join(parts) or "no limits: the lease reserves nothing that can be enforced"
-    return limits
-
-
-class Confined:
-    """Everything that holds one executor to its lease of ``resources``, with ``gpus`` and ``directory``: made
-    before it starts; its :attr:`limits`, whose cgroups are called ``name``, are removed when it has ended.
+class Limits:
+    """Everything that holds one executor to its lease of ``resources``, with ``gpus`` and ``directory``: in
+    force before it starts, with cgroups called ``name``, until :meth:`remove`, when its processes are gone.
     :attr:`excess` tells what it was ended, or denied something, for. Raises :class:`ConfigError` when the
     configuration insists on cgroups and there are none.
     """
 
     def __init__(
-        self, means: Means, name: str, resources: Resources, gpus: GpuShare, directory: JobDirectory
+        self,
+        means: Means,
+        name: str,
+        resources: Resources,
+        gpus: GpuShare = _NO_GPU,
+        directory: JobDirectory | None = None,
     ) -> None:
-        self.limits = apply_limits(means, name, resources, directory.bounded)
         self._means = means
         self._gpus = gpus
         self._directory = directory
         self._keeper: int | None = None
         self.excess: Excess | None = None
+        #: what tells its libraries how many threads to use
+        self.threads: dict[str, str] = {}
+        self.groups: tuple[Path, ...] = ()
+        self.rlimits: tuple[tuple[str, int], ...] = ()
+        self.cores: tuple[int, ...] = ()
+        self._core_locks: dict[int, int] = {}
+        #: what the worker watches itself
+        self.quota = Quota()
+        #: of the file system's own quota, the number there
+        self._project: int | None = None
+        self.description = "no limits: switched off by configuration"
+        if means.mode != "none":
+            self.description = self._apply(name, resources)
+
+    def _apply(self, name: str, resources: Resources) -> str:
+        """What is in force, in words."""
+        means = self._means
+        if means.mode == "cgroup" and not suffice(means.cgroups):
+            raise no_cgroups()
+        processes = most_processes(resources.cpu, means.max_processes)
+        try:
+            if means.mode != "rlimit":
+                self.groups = make_groups(means.cgroups, name, resources, processes)
+        except OSError as exc:
+            if means.mode == "cgroup":
+                raise no_cgroups() from exc
+            logger.warning("Cannot make cgroup %s: %s", name, exc)
+            means = replace(means, cgroups={})
+        size_bytes = int(resources.storage * GB)
+        if means.quotas is not None and self._directory is not None and size_bytes:
+            try:
+                self._project = means.quotas.bound(self._directory.bounded, size_bytes)
+            except OSError as exc:
+                logger.warning("The job directory is watched, as it can have no project quota: %s", exc)
+                means = replace(means, quotas=None)
+        if resources.memory and means.version("memory") is None and _LINUX:
+            # RLIMIT_DATA counts private writable memory; RLIMIT_AS would also count CUDA's and torch's
+            # large reservations of mere address space.
+            self.rlimits = (("RLIMIT_DATA", int(resources.memory * GB)),)
+        if resources.cpu:
+            self.threads = thread_environment(max(1, math.floor(resources.cpu)))
+            if means.version("cpu") is None and means.cores is not None:
+                self._core_locks = means.cores.pin(resources.cpu)
+                self.cores = tuple(sorted(self._core_locks))
+        self.quota = Quota(size_bytes, processes if means.version("pids") is None and _LINUX else 0)
+        by = mechanisms(means, 0.0)
+        pinned = f" ({','.join(map(str, self.cores))})" if self.cores else ""
+        parts = {
+            "memory": (resources.memory, "GB memory"),
+            "cores": (resources.cpu, f"cores{pinned}"),
+            "processes": (processes, "processes"),
+            "disk": (resources.storage, "GB in its directory"),
+        }
+        said = [f"{amount:g} {what}: {by[part]}" for part, (amount, what) in parts.items() if amount]
+        return ", ".join(said) or "no limits: the lease reserves nothing that can be enforced"
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """``inherited``, and what tells the executor how much it has."""
         capped = self._means.mode != "none"
-        return gpu_environment(self._means.gpus, self._gpus, inherited, capped) | self.limits.environment
+        return gpu_environment(self._means.gpus, self._gpus, inherited, capped) | self.threads
 
     def launch(self, launch: Launch) -> Launch:
-        """``launch``, whose keeper applies the kernel's part."""
-        return replace(
-            launch,
-            keeper_options=(*launch.keeper_options, *self.limits.launch_options()),
-            on_start=self._started,
-        )
+        """``launch``, whose keeper applies the kernel's part, before its child becomes the executor."""
+        options = [*launch.keeper_options]
+        for group in self.groups:
+            options += ["--cgroup", str(group / "cgroup.procs")]
+        for name, amount in self.rlimits:
+            options += ["--rlimit", f"{name}={amount}"]
+        if self.cores:
+            options += ["--cores", ",".join(map(str, self.cores))]
 
-    def _started(self, keeper: int) -> None:
-        self._keeper = keeper
+        def started(keeper: int) -> None:
+            self._keeper = keeper
+
+        return replace(launch, keeper_options=tuple(options), on_start=started)
 
     async def watch(self, exceeded: Callable[[Excess], None]) -> None:
         """Look at what no kernel bounds, and report when it is too much; no simulated executor has that."""
-        if is_simulated():
+        if is_simulated() or self._directory is None:
             return
         places, shared = self._directory.occupied, self._directory.part("slices")
-        found = await keep_within(self.limits.quota, places, shared, lambda: self._keeper)
-        if found is not None:
-            self.excess = found
-            exceeded(found)
+        self.excess = await keep_within(self.quota, places, shared, lambda: self._keeper)
+        if self.excess is not None:
+            exceeded(self.excess)
 
     def judge(self, failed: bool) -> None:
         """It has ended; where it ``failed``, nobody knows why: was it denied something? Counts excesses."""
         if self.excess is None and failed:
-            self.excess = self.limits.denied()
+            self.excess = self.denied()
         if self.excess is not None:
             LIMITS_EXCEEDED.add(resource=self.excess.resource)
+
+    def denied(self) -> Excess | None:
+        """What these cgroups have denied the executor, in words that say what helps. One that was killed by
+        anybody else is not reported as one that it was for want of memory.
+        """
+        for group in self.groups:
+            # v2 and v1 give the file other names and write the same line
+            if any(counted(group, file, "oom_kill") for file in ("memory.events", "memory.oom_control")):
+                return Excess(
+                    "oom",
+                    f"the kernel killed it for want of memory (its limits: {self.description}); the job's "
+                    "resources.worker.memory, or resources.parameter_server.memory, may be too low",
+                    "memory",
+                )
+        if self._means.quotas is not None and self._project is not None:
+            most = self.quota.disk_bytes
+            if (used := self._means.quotas.used_bytes(self._project)) >= _FULL * most:
+                return excess(Quota(most), max(used, most + 1), 0)
+        for group in self.groups:
+            if times := counted(group, "pids.events", "max"):
+                return Excess(
+                    "internal",
+                    f"it was refused another process or thread {times} times (its limits: "
+                    f"{self.description}); if it needs so many, set its worker's limits.max_processes higher",
+                    "processes",
+                )
+        return None
+
+    async def remove(self) -> None:
+        while self._core_locks:
+            os.close(self._core_locks.popitem()[1])
+        if self._means.quotas is not None and self._project is not None:
+            self._means.quotas.release(self._project)
+        for group in self.groups:
+            await remove_group(group)

@@ -16,7 +16,6 @@ import os
 import struct
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hypha.files.beneath import directory_below
@@ -39,17 +38,10 @@ _TRIES = 20
 _OPTIONS = {"ext4": {"prjquota"}, "xfs": {"prjquota", "pquota"}}
 
 
-@dataclass(frozen=True)
-class Volume:
-    """Of a file system with project quotas: its kind, and the device that it is on."""
-
-    kind: str
-    device: str
-
-
-def find_volume(directory: str, mountinfo: str) -> Volume | None:
-    """The file system of the absolute path ``directory``, by the text of ``/proc/self/mountinfo``; None when
-    it has no project quotas. The last one that is mounted at a place hides those before.
+def find_volume(directory: str, mountinfo: str) -> tuple[str, str] | None:
+    """The kind and the device of the file system of the absolute path ``directory``, by the text of
+    ``/proc/self/mountinfo``; None when it has no project quotas. The last one that is mounted at a place
+    hides those before.
     """
     best, found = "", None
     for line in mountinfo.splitlines():
@@ -59,15 +51,18 @@ def find_volume(directory: str, mountinfo: str) -> Volume | None:
         inside = directory == mount_point or directory.startswith(mount_point.rstrip("/") + "/")
         if inside and len(mount_point) >= len(best):
             enabled = bool(_OPTIONS.get(kind, set()) & set(options.split(",")))
-            best, found = mount_point, Volume(kind, device) if enabled else None
+            best, found = mount_point, (kind, device) if enabled else None
     return found
 
 
 class ProjectQuotas:
-    """Those of ``volume``. Everything raises OSError where the kernel does not do so."""
+    """Those of the file system of a ``kind`` on ``device``. Everything raises OSError where the kernel does
+    not do so.
+    """
 
-    def __init__(self, volume: Volume) -> None:
-        self.volume = volume
+    def __init__(self, kind: str, device: str) -> None:
+        self.kind = kind
+        self._device = device
         self._quotactl = ctypes.CDLL(None, use_errno=True).quotactl
         self._quotactl.argtypes = (ctypes.c_uint, ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p)
 
@@ -112,9 +107,9 @@ class ProjectQuotas:
 
     def _call(self, command: int, project: int, content: bytes) -> bytes:
         buffer = ctypes.create_string_buffer(content, _QUOTA.size)
-        if self._quotactl(command << 8 | _PROJECT, os.fsencode(self.volume.device), project, buffer) != 0:
+        if self._quotactl(command << 8 | _PROJECT, os.fsencode(self._device), project, buffer) != 0:
             number = ctypes.get_errno()
-            raise OSError(number, f"quotactl of {self.volume.device}: {os.strerror(number)}")
+            raise OSError(number, f"quotactl of {self._device}: {os.strerror(number)}")
         return buffer.raw
 
 
@@ -150,11 +145,11 @@ def usable_quotas(work_dir: Path) -> ProjectQuotas | None:
         return None
     trial = place / f".quota-{os.getpid()}"
     try:
-        quotas = ProjectQuotas(volume)
+        quotas = ProjectQuotas(*volume)
         trial.mkdir()
         quotas.release(quotas.bound([trial], 1 << 20))
     except (OSError, AttributeError) as exc:
-        logger.info("%s has project quotas, but they cannot be used here: %s", volume.device, exc)
+        logger.info("%s has project quotas, but they cannot be used here: %s", volume[1], exc)
         return None
     finally:
         with contextlib.suppress(OSError):

@@ -142,32 +142,22 @@ class CorePins:
     def __init__(self, cores: Sequence[int], directory: Path | None = None) -> None:
         self._cores = tuple(cores)
         self._directory = directory or Path(tempfile.gettempdir()) / f"hypha-cores-{os.getuid()}"
-        #: cores that were handed out -> their locks
-        self._held: dict[tuple[int, ...], list[list[int]]] = {}
 
-    def pin(self, cpu: float) -> tuple[int, ...]:
-        """As many cores as ``cpu`` needs, for :meth:`release` at the end; none where that would be all."""
+    def pin(self, cpu: float) -> dict[int, int]:
+        """As many cores as ``cpu`` needs, with their locks, to be closed at the end; none where that would be
+        all.
+        """
         count = max(1, math.ceil(cpu - 1e-9))
-        if count >= len(self._cores) or not self._prepared():
-            return ()
         locks: dict[int, int] = {}
+        if count >= len(self._cores) or not self._prepared():
+            return locks
         for slot in range(_MOST_USERS):
             for core in self._cores:
                 if len(locks) == count:
-                    break
+                    return locks
                 if core not in locks and (lock := self._lock(core, slot)) is not None:
                     locks[core] = lock
-        chosen = tuple(sorted(locks))
-        if chosen:
-            self._held.setdefault(chosen, []).append(list(locks.values()))
-        return chosen
-
-    def release(self, cores: tuple[int, ...]) -> None:
-        if cores in self._held:
-            for lock in self._held[cores].pop():
-                os.close(lock)
-            if not self._held[cores]:
-                del self._held[cores]
+        return locks
 
     def _prepared(self) -> bool:
         try:

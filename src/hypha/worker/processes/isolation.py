@@ -92,7 +92,7 @@ def isolate(
         argv=tuple(argv),
         environment=environment,
         keeper_options=(*_IGNORE, *launch.keeper_options),
-        own=None,
+        own="",
         isolated=True,
     )
 

@@ -24,14 +24,28 @@ from hypha.processes import keeper
 KEEPER = Path(keeper.__file__)
 #: After SIGKILL a process is gone at once, but for one stuck in the kernel.
 KILLED_WITHIN_S = 2.0
+#: Longer lines of output are cut.
+MAX_LINE_BYTES = 4096
 
 
-@dataclass(frozen=True)
-class OwnExecutor:
-    """That an executor is one of Hypha's own: its module, and whether it does without transformers."""
+async def each_line(output: trio.abc.ReceiveStream, say: Callable[[str], None]) -> None:
+    """Call ``say`` for each line of ``output``, until it ends; cancelled, for what was read of the last."""
+    rest = b""
+    try:
+        async for data in output:
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                say(_text(line))
+            while len(rest) > MAX_LINE_BYTES:
+                say(_text(rest))
+                rest = rest[MAX_LINE_BYTES:]
+    finally:
+        if rest:
+            say(_text(rest))
 
-    module: str
-    torch_only: bool = False
+
+def _text(line: bytes) -> str:
+    return line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,13 @@ class Launch:
     work_dir: Path
     keeper_options: Sequence[str] = ()
     secrets: tuple[str, ...] = ()
-    #: where ``argv`` is ``python -m module ...`` of Hypha's own: a host may fork it
-    own: OwnExecutor | None = None
+    #: where ``argv`` is ``python -m module ...`` of Hypha's own: that module, which a host may fork
+    own: str = ""
+    #: it does without transformers
+    torch_only: bool = False
     kind: ExecutorClass = "train"
     #: below a program that exits with 128 + N of a signal N, as shells do
     isolated: bool = False
-    #: fields of the log entry of each line of its output, as they are when it is written
-    output_fields: Callable[[], Mapping[str, object]] | None = None
     #: gets the keeper's PID once there is a keeper
     on_start: Callable[[int], None] | None = None
 
@@ -58,21 +72,18 @@ class Launch:
 class Keeper(ABC):
     """A running keeper, which holds ``lifeline``; ``output`` is what the executor and its children write."""
 
-    #: that of its process group, too
-    pid: int
+    #: that of its process group, too; 0 before it runs
+    pid = 0
+    #: its exit code, negative: the signal that killed it; None while it runs
+    code: int | None = None
 
     def __init__(self, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream) -> None:
         self._lifeline = lifeline
         self.output = output
 
-    @property
-    @abstractmethod
-    def code(self) -> int | None:
-        """Its exit code, negative: the signal that killed it; None while it runs."""
-
     @abstractmethod
     async def wait(self) -> None:
-        """Until it has ended."""
+        """Until it has ended, and :attr:`code` is known."""
 
     async def end(self) -> None:
         """Cut the lifeline: it kills everything below it, and ends. If it does not, kill its group."""
@@ -101,17 +112,15 @@ class Keeper(ABC):
 
 
 class StartedKeeper(Keeper):
-    def __init__(self, process: trio.Process, lifeline: trio.abc.SendStream, output: trio.abc.ReceiveStream):
-        super().__init__(lifeline, output)
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        super().__init__(process.stdin, process.stdout)
         self._process = process
         self.pid = process.pid
 
-    @property
-    def code(self) -> int | None:
-        return self._process.poll()
-
     async def wait(self) -> None:
-        await self._process.wait()
+        self.code = await self._process.wait()
 
 
 async def start_keeper(launch: Launch) -> StartedKeeper:
@@ -125,6 +134,4 @@ async def start_keeper(launch: Launch) -> StartedKeeper:
         env=dict(launch.environment),
         start_new_session=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return StartedKeeper(process, process.stdin, process.stdout)
+    return StartedKeeper(process)

@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 import trio
@@ -26,7 +26,13 @@ from hypha.processes.keeper import become_subreaper, children, descendants
 from hypha.telemetry.instruments import EXECUTOR_STARTS
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.limits import thread_environment
-from hypha.worker.processes.keepers import KILLED_WITHIN_S, Keeper, Launch, OwnExecutor, start_keeper
+from hypha.worker.processes.keepers import (
+    KILLED_WITHIN_S,
+    Keeper,
+    Launch,
+    each_line,
+    start_keeper,
+)
 from hypha.worker.processes.warm import ExecutorHost
 
 logger = logging.getLogger("hypha.worker.executor")
@@ -40,7 +46,7 @@ LAUNCHER = "hypha.executor.launch"
 #: An isolated executor that signal N ended has the exit code 128 + N.
 SIGNALLED = 128
 TAIL_LINES = 50
-MAX_LINE_BYTES = 4096
+_LEVELS = {"WARNING": logging.WARNING, "ERROR": logging.ERROR}
 #: A keeper whose host has ended takes so long to end when it has reported.
 _ENDING_S = 0.1
 #: The kernel takes 128 KiB for one argument.
@@ -105,7 +111,7 @@ def prepare_launch(
         "{JOB_JSON}": text,
         "{JOB_FILE}": str(job_file),
     }
-    own: OwnExecutor | None = None
+    own = ""
     if config.accelerate is not None:
         # it has a process for each device: nothing that a host could fork
         command = [
@@ -113,8 +119,8 @@ def prepare_launch(
             *(config.args or ["{SOCKET_PATH}"]),
         ]
     elif config.cmd is None:
-        own = OwnExecutor(OWN_EXECUTORS[config.kind], torch_only=_torch_only(job))
-        command = [sys.executable, "-m", own.module, *(config.args or ["{SOCKET_PATH}"])]
+        own = OWN_EXECUTORS[config.kind]
+        command = [sys.executable, "-m", own, *(config.args or ["{SOCKET_PATH}"])]
     else:
         command = [config.cmd, *config.args]
     if any("{JOB_JSON}" in part for part in command) and len(text.encode()) > MAX_JOB_JSON_BYTES:
@@ -135,54 +141,15 @@ def prepare_launch(
         work_dir=directory.path,
         secrets=secrets_of(job),
         own=own,
+        torch_only=job.model.task == "torch" and job.preprocessor is None,
         kind=config.kind,
     )
-
-
-def _torch_only(job: Job) -> bool:
-    return job.model.task == "torch" and job.preprocessor is None
 
 
 def _substitute(text: str, values: Mapping[str, str]) -> str:
     for name, value in values.items():
         text = text.replace(name, value)
     return text
-
-
-@dataclass
-class _Output:
-    """Cuts output into lines, logs each, keeps the last ones."""
-
-    fields: Callable[[], Mapping[str, object]]
-    secrets: tuple[str, ...]
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=TAIL_LINES))
-    _rest: bytes = b""
-
-    def feed(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._say(line)
-        while len(self._rest) > MAX_LINE_BYTES:
-            self._say(self._rest[:MAX_LINE_BYTES])
-            self._rest = self._rest[MAX_LINE_BYTES:]
-
-    def end(self) -> str:
-        if self._rest:
-            self._say(self._rest)
-            self._rest = b""
-        return "\n".join(self.lines)
-
-    def _say(self, line: bytes) -> None:
-        text = line[:MAX_LINE_BYTES].decode("utf-8", "replace").rstrip("\r")
-        for secret in self.secrets:
-            text = text.replace(secret, "***")
-        self.lines.append(text)
-        logger.log(_level_of(text), "%s", text, extra=dict(self.fields()))
-
-
-def _level_of(line: str) -> int:
-    """Our own executors begin a line with its level; what goes wrong there is the operator's business."""
-    return {"WARNING": logging.WARNING, "ERROR": logging.ERROR}.get(line.partition(" ")[0], logging.DEBUG)
 
 
 class Supervision:
@@ -284,7 +251,7 @@ async def run_executor(
 async def _attend(
     keeper: Keeper, launch: Launch, stop: trio.Event, grace_s: float, kill: trio.Event | None
 ) -> Exit:
-    output = _Output(launch.output_fields or (lambda: {"job_id": launch.job_id}), launch.secrets)
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
     drained = trio.Event()
     stopped = False
 
@@ -300,9 +267,15 @@ async def _attend(
         await asked.wait()
         await keeper.end()
 
+    def say(text: str) -> None:
+        for secret in launch.secrets:
+            text = text.replace(secret, "***")
+        tail.append(text)
+        # our own executors begin a line with its level; what goes wrong there is the operator's business
+        logger.log(_LEVELS.get(text.partition(" ")[0], logging.DEBUG), "%s", text)
+
     async def read() -> None:
-        async for data in keeper.output:
-            output.feed(bytes(data))
+        await each_line(keeper.output, say)
         drained.set()
 
     try:
@@ -323,4 +296,4 @@ async def _attend(
     code = -signal.SIGKILL if keeper.code is None else keeper.code
     if launch.isolated and code > SIGNALLED:
         code = SIGNALLED - code
-    return Exit(code=code, tail=output.end(), stopped=stopped)
+    return Exit(code=code, tail="\n".join(tail), stopped=stopped)

@@ -35,7 +35,7 @@ from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
 from hypha.messages import Forked, ForkReply, ForkRequest, KeeperEnded, NotForked, encode
 from hypha.naming import cleaned
-from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, OwnExecutor
+from hypha.worker.processes.keepers import KEEPER, KILLED_WITHIN_S, Keeper, Launch, each_line
 
 logger = logging.getLogger("hypha.worker.executor")
 
@@ -58,23 +58,23 @@ class HostUnusable(HyphaError):
 class ForkedKeeper(Keeper):
     """A keeper that a host has forked, or is to; ``reports`` is its connection."""
 
-    pid = 0
-    code: int | None = None
-
     def __init__(self, reports: trio.socket.SocketType, lifeline: int, output: int) -> None:
         super().__init__(trio.lowlevel.FdStream(lifeline), trio.lowlevel.FdStream(output))
         self._reports = reports
         self._reading = trio.Lock()
         self._ended = False
 
-    async def forked(self) -> None:
-        """Until it runs. Raises :class:`HostUnusable` when the host has ended, and :class:`_Refused`."""
+    async def refused(self) -> str:
+        """Why the host would not make the same executor; empty, once it runs. Raises :class:`HostUnusable`
+        when the host has ended.
+        """
         match await self._receive():
             case Forked(pid=pid):
                 self.pid = pid
+                return ""
             case NotForked(reason=reason):
                 self._ended = True
-                raise _Refused(reason)
+                return reason
             case _:
                 raise HostUnusable("the host ended while it was asked")
 
@@ -118,14 +118,12 @@ class ForkedKeeper(Keeper):
         self._reports.close()
 
 
-class _Refused(Exception):
-    """A host would not make the same executor; the message says why."""
-
-
 class ExecutorHost(ABC):
     """Forks executors."""
 
     def __init__(self) -> None:
+        #: for which it may be silent
+        self.patience_s = IMPORTS_WITHIN_S
         #: logged already that executors are started without it
         self._warned = False
 
@@ -136,31 +134,27 @@ class ExecutorHost(ABC):
 
     async def fork(self, launch: Launch) -> ForkedKeeper | None:
         """A running keeper; None: start it without a host. Cancelled, nothing is left of it."""
-        if launch.own is None:
+        if not launch.own:
             return None
-        fields = {"job_id": launch.job_id}
         try:
-            keeper = await self._ask(launch, launch.own)
-        except _Refused as exc:
-            logger.debug("The executor is not forked, but started: %s.", exc, extra=fields)
-            return None
+            keeper = await self._ask(launch)
         except (HostUnusable, OSError) as exc:
             level = logging.DEBUG if self._warned else logging.WARNING
-            logger.log(level, "Executors are started without their host: %s.", exc, extra=fields)
+            logger.log(level, "Executors are started without their host: %s.", exc)
             self._warned = True
             return None
         self._warned = False
         return keeper
 
-    async def _ask(self, launch: Launch, own: OwnExecutor) -> ForkedKeeper:
+    async def _ask(self, launch: Launch) -> ForkedKeeper | None:
         request = ForkRequest(
-            module=own.module,
+            module=launch.own,
             # beyond ``python -m module``
             arguments=launch.argv[3:],
             directory=str(launch.work_dir),
             environment=dict(launch.environment),
             keeper_options=tuple(launch.keeper_options),
-            torch_only=own.torch_only,
+            torch_only=launch.torch_only,
             python=sys.executable,
             package=str(KEEPER),
             inherited=inherited_state(),
@@ -168,7 +162,7 @@ class ExecutorHost(ABC):
         with self._control() as control, _channels() as (keeper, theirs):
             asked = False
             try:
-                with trio.move_on_after(self._patience_s()):
+                with trio.move_on_after(self.patience_s):
                     rights = struct.pack(f"{len(theirs)}i", *theirs)
                     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
                     await trio.lowlevel.wait_writable(control)
@@ -178,10 +172,13 @@ class ExecutorHost(ABC):
                     for descriptor in theirs:
                         os.close(descriptor)
                     theirs.clear()
-                    await keeper.forked()
-                    return keeper
+                    if not (why := await keeper.refused()):
+                        return keeper
+                    logger.debug("The executor is not forked, but started: %s.", why)
+                    await keeper.abandon(asked)
+                    return None
                 self._silent()
-                raise HostUnusable(f"it has not answered for {self._patience_s():g} s")
+                raise HostUnusable(f"it has not answered for {self.patience_s:g} s")
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await keeper.abandon(asked)
@@ -190,9 +187,6 @@ class ExecutorHost(ABC):
     @abstractmethod
     def _control(self) -> AbstractContextManager[socket.socket]:
         """A connection for one request. Raises OSError and :class:`HostUnusable`."""
-
-    @abstractmethod
-    def _patience_s(self) -> float: ...
 
     @abstractmethod
     def _silent(self) -> None:
@@ -236,9 +230,6 @@ class SharedHost(ExecutorHost):
                 raise HostUnusable(f"{self._path} belongs to another user")
             yield control
 
-    def _patience_s(self) -> float:
-        return IMPORTS_WITHIN_S
-
     def _silent(self) -> None:
         self._silent_until = trio.current_time() + LONGEST_PAUSE_S
 
@@ -269,9 +260,6 @@ class OwnHost(ExecutorHost):
         with self._connection.dup() as control:
             yield control
 
-    def _patience_s(self) -> float:
-        return FORKS_WITHIN_S if self._ready else IMPORTS_WITHIN_S
-
     def _silent(self) -> None:
         if self._process is not None:
             self._process.kill()
@@ -297,7 +285,7 @@ class OwnHost(ExecutorHost):
                     pause_s,
                     f" Its last line: {self._last_line}" if self._last_line else "",
                 )
-            self._ready = False
+            self._ready, self.patience_s = False, IMPORTS_WITHIN_S
             await trio.sleep(pause_s)
 
     async def _run_once(self) -> int:
@@ -319,7 +307,8 @@ class OwnHost(ExecutorHost):
                 self._process, self._connection = process, ours
             theirs.close()
             try:
-                await self._read(process)
+                assert process.stdout is not None
+                await each_line(process.stdout, self._say)
                 return await process.wait()
             finally:
                 self._connection = self._process = None
@@ -330,17 +319,6 @@ class OwnHost(ExecutorHost):
                     if process.stdout is not None:
                         await process.stdout.aclose()
 
-    async def _read(self, process: trio.Process) -> None:
-        rest = b""
-        assert process.stdout is not None
-        async for data in process.stdout:
-            *lines, rest = (rest + bytes(data)).split(b"\n")
-            for line in lines:
-                self._say(line.decode("utf-8", "replace"))
-            rest = rest[-_MAX_REPLY_BYTES:]
-        if rest:
-            self._say(rest.decode("utf-8", "replace"))
-
     def _say(self, line: str) -> None:
         try:
             entry = decode(json.loads, line)
@@ -349,7 +327,8 @@ class OwnHost(ExecutorHost):
             logger.debug("The executor host printed: %s", line)
             self._last_line = cleaned(line, _MAX_LINE) or self._last_line
             return
-        self._ready = self._ready or bool(entry.get("ready"))
+        if entry.get("ready"):
+            self._ready, self.patience_s = True, FORKS_WITHIN_S
         logger.log(level, "%s", message)
 
 

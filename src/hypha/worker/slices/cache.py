@@ -109,8 +109,7 @@ class SliceCache:
         """Its bytes are not those that were pulled, so ``link`` goes as well."""
         link.unlink(missing_ok=True)
         logger.error("Cached slice %s is damaged; dropped. Look at the disk.", assigned.blake3)
-        self._entries.pop(assigned.blake3, None)
-        self._path(assigned.blake3).unlink(missing_ok=True)
+        self._forget(assigned.blake3)
         self._save()
 
     def require_space(self, size: int) -> None:
@@ -118,9 +117,12 @@ class SliceCache:
         while (lack := lack_of_space(self._directory, size)) is not None:
             if not self._entries:
                 raise OSError(lack)
-            blake3, _ = self._entries.popitem(last=False)
-            self._path(blake3).unlink(missing_ok=True)
+            self._forget(next(iter(self._entries)))
             self._save()
+
+    def _forget(self, blake3: str) -> None:
+        self._entries.pop(blake3, None)
+        self._path(blake3).unlink(missing_ok=True)
 
     def _path(self, blake3: str) -> Path:
         return self._directory / f"{blake3}.safetensors"
@@ -130,8 +132,7 @@ class SliceCache:
         while len(self._entries) > 1 and (
             len(self._entries) > self._max_slices or self.size_bytes > self.max_bytes
         ):
-            blake3, _ = self._entries.popitem(last=False)
-            self._path(blake3).unlink(missing_ok=True)
+            self._forget(next(iter(self._entries)))
 
     def _load(self) -> OrderedDict[str, _Entry]:
         """The index's entries whose files are here with the right size; other files are removed."""

@@ -36,25 +36,27 @@ class ManifestCheck:
         self._refused: set[str] = set()
         self._told = ""
 
-    async def problem(self, assigned: SliceAssigned) -> str:
-        """Why the slice cannot be what the manifest says; empty where it can, or where no data node has
-        replied yet what that is: its own hash is checked in any case.
+    async def knows(self, assigned: SliceAssigned) -> bool:
+        """Whether the slice can be what the manifest says; logged where it cannot. True where no data node
+        has replied yet what that is: the slice's own hash is checked in any case.
         """
         if not self._hash:
-            return ""
+            return True
         if self._slices is None:
             await self._look_up(assigned.providers)
         if self._slices is None:
-            return ""
+            return True
         given = (assigned.samples, assigned.size, assigned.blake3)
         if assigned.dataset == self._dataset and 0 <= assigned.index < len(self._slices):
             if self._slices[assigned.index] == given:
-                return ""
+                self._told = ""
+                return True
             what = f"slice {assigned.index} as {given[0]} samples, {given[1]} bytes, hash {given[2][:16]}"
         else:
             what = f"slice {assigned.index} of {assigned.dataset}"
         where = f"the manifest {self._hash[:16]} of {self._dataset}"
-        return f"the scheduler names {what}, which is not in {where}"
+        self._tell(logging.ERROR, f"Not used: the scheduler names {what}, which is not in {where}")
+        return False
 
     async def _look_up(self, providers: Sequence[PeerRef]) -> None:
         why = "it names no data node"
@@ -81,11 +83,10 @@ class ManifestCheck:
                 problem,
                 extra={"peer_id": provider.peer, "dataset": self._dataset},
             )
-        if why != self._told:
-            self._told = why
-            logger.warning(
-                "The manifest of %s cannot be checked yet: %s",
-                self._dataset,
-                why,
-                extra={"dataset": self._dataset},
-            )
+        self._tell(logging.WARNING, f"The manifest of {self._dataset} cannot be checked yet: {why}")
+
+    def _tell(self, level: int, text: str) -> None:
+        """Once, while nothing else is to be said."""
+        if text != self._told:
+            self._told = text
+            logger.log(level, "%s", text, extra={"dataset": self._dataset})

@@ -30,6 +30,7 @@ import trio
 from hypha.backoff import Backoff
 from hypha.errors import NetworkError, Refused, TransferCorrupt
 from hypha.messages import (
+    FetchedFile,
     JobStamp,
     NextSlice,
     NoSlice,
@@ -41,7 +42,7 @@ from hypha.messages import (
     TransferMeta,
 )
 from hypha.net.bulk.files import hash_file
-from hypha.node import Transfers
+from hypha.node import Changes, Transfers
 from hypha.runtime import in_thread
 from hypha.telemetry.instruments import CACHE_LOOKUPS, FETCH_DURATION
 from hypha.tracing import Attribute, span
@@ -71,19 +72,10 @@ AVOID_S = 30.0
 
 
 @dataclass(frozen=True)
-class PrefetchedSlice:
-    """A slice in the job directory, asked for while the newest theta was that of ``stamp``."""
-
-    path: Path
-    assigned: SliceAssigned
-    stamp: JobStamp
-
-
-@dataclass(frozen=True)
 class SliceDemand:
     """Which slices an executor needs: those of ``dataset``, for as many as last ``prefetch_s`` seconds of
-    training, or one, in ``directory``. ``stamp`` gives the job's current one, ``trace_of`` the trace of what
-    is requested under a stamp.
+    training, or one, in ``directory``, a part of the job's. ``stamp`` gives the job's current one,
+    ``trace_of`` the trace of what is requested under a stamp.
     """
 
     dataset: str
@@ -113,16 +105,14 @@ class SlicePrefetcher:
         self._seq = 0
         #: what was got for an earlier one is dropped
         self._held_from = 0
-        self._another_generation = trio.Event()
-        self._ready: deque[PrefetchedSlice] = deque()
+        self._generations = Changes()
+        self._ready: deque[FetchedFile] = deque()
         #: the scheduler allows so many, lest few workers hold a small dataset
         self._allowed = 1
         #: when slices were handed out
         self._used_at: deque[float] = deque(maxlen=_PACES + 1)
         self._avoided: dict[str, float] = {}
-        #: the last log line about a slice that the manifest does not know
-        self._foreign = ""
-        self._changed = trio.Event()
+        self._changed = Changes()
         self._handed_out: list[Path] = []
         self._asking: trio.CancelScope | None = None
         self._held: trio.Event | None = None
@@ -136,10 +126,10 @@ class SlicePrefetcher:
             self._asking = None
             if found is not None:
                 self._ready.append(found)
-                self._notify()
+                self._changed.note()
 
-    async def next(self) -> PrefetchedSlice:
-        """The next slice; waits while there is none. A cancelled call takes none."""
+    async def next(self) -> FetchedFile:
+        """The next slice, in the job directory; waits while there is none. A cancelled call takes none."""
         while not self._ready or self._held is not None:
             if self._held is None:
                 await self._changed.wait()
@@ -150,8 +140,8 @@ class SlicePrefetcher:
                 self._held = None
         found = self._ready.popleft()
         self._used_at.append(trio.current_time())
-        self._notify()
-        self._handed_out.append(found.path)
+        self._changed.note()
+        self._handed_out.append(self._place(found))
         while len(self._handed_out) > KEPT_LINKS:
             self._handed_out.pop(0).unlink(missing_ok=True)
         return found
@@ -162,26 +152,24 @@ class SlicePrefetcher:
             self._held = trio.Event()
         self._held_from = self._seq + 1
         while self._ready:
-            self._ready.popleft().path.unlink(missing_ok=True)
+            self._place(self._ready.popleft()).unlink(missing_ok=True)
         if self._asking is not None:
             self._asking.cancel()
-        self._notify()
+        self._changed.note()
+
+    def _place(self, found: FetchedFile) -> Path:
+        return self._demand.directory.parent / found.path
 
     def begin_generation(self) -> None:
         """The job goes on in another generation: what is asked for is asked for in that one."""
         self._pending = self._demand.stamp()
-        self._another_generation.set()
-        self._another_generation = trio.Event()
+        self._generations.note()
 
     def resume(self) -> None:
         """The executor has started the round it goes on from."""
         if self._held is not None:
             self._held.set()
             self._held = None
-
-    def _notify(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
 
     def _wants_more(self) -> bool:
         """One is always wanted; more while they are for less than the time to be covered, and fit."""
@@ -192,22 +180,18 @@ class SlicePrefetcher:
         if len(paces) < _LEAST_PACES:
             return False
         wanted = min(math.ceil(self._demand.prefetch_s / max(statistics.median(paces), 1e-3)), MAX_AHEAD)
-        held_bytes = sum(one.assigned.size for one in self._ready)
-        fits = held_bytes + self._ready[-1].assigned.size <= self._cache.max_bytes // 2
+        held_bytes = sum(one.size for one in self._ready)
+        fits = held_bytes + self._ready[-1].size <= self._cache.max_bytes // 2
         return fits and len(self._ready) < min(wanted, self._allowed)
 
-    async def _fetch_next(self) -> PrefetchedSlice | None:
+    async def _fetch_next(self) -> FetchedFile | None:
         """None when it was dropped meanwhile."""
         self._seq += 1
         self._pending = self._demand.stamp()
-        attributes: dict[str, Attribute] = {
-            "hypha.job": self._pending.job_id,
-            "hypha.round": self._pending.round,
-        }
-        with (
-            trio.CancelScope() as scope,
-            span(FETCH_SLICE, attributes, parent=self._demand.trace_of(self._pending)) as fetching,
-        ):
+        parent = self._demand.trace_of(self._pending)
+        attributes: dict[str, Attribute] = {"hypha.job": self._pending.job_id}
+        attributes["hypha.round"] = self._pending.round
+        with trio.CancelScope() as scope, span(FETCH_SLICE, attributes, parent=parent) as fetching:
             self._asking = scope
             backoff = Backoff(FIRST_RETRY_S, MAX_PULL_RETRY_S)
             logged = ""
@@ -220,21 +204,30 @@ class SlicePrefetcher:
                     self._demand.directory / f"{self._seq:06}-{assigned.epoch}-{assigned.index}.safetensors"
                 )
                 try:
-                    usable = await self._is_in_manifest(assigned)
-                    if usable and (
+                    known = self._manifest is None or await self._manifest.knows(assigned)
+                    if known and (
                         await self._take_cached(assigned, path)
-                        or await self._pull_from_any(assigned, path, patience_s)
+                        or await self._pull(assigned, path, patience_s)
                     ):
                         if scope.cancel_called:
                             # dropped after the last moment at which trio could have raised it
                             path.unlink(missing_ok=True)
                             return None
-                        return PrefetchedSlice(path, assigned, self._pending)
+                        # requested while the newest theta was that of this stamp
+                        stamp = self._pending
+                        return FetchedFile(
+                            path=f"{path.parent.name}/{path.name}",
+                            size=assigned.size,
+                            slice=assigned,
+                            round=stamp.round,
+                            attempt=stamp.attempt,
+                            generation=stamp.generation,
+                        )
                 except (OSError, ValueError) as exc:  # the disk, or a hash that is none
                     if str(exc) != logged:
                         logged = str(exc)
-                        fields = {"job_id": self._demand.stamp().job_id, "dataset": assigned.dataset}
-                        logger.error("Slice %d cannot be stored: %s", assigned.index, exc, extra=fields)
+                        text = "Slice %d of %s cannot be stored: %s"
+                        logger.error(text, assigned.index, assigned.dataset, exc)
                 # Providers may come and go, so ask again; the same seq gets the same slice.
                 patience_s *= 2.0
                 await trio.sleep(backoff.next_s())
@@ -243,9 +236,8 @@ class SlicePrefetcher:
     async def _ask_until_assigned(self) -> SliceAssigned:
         backoff, reminder, began = Backoff(FIRST_RETRY_S, MAX_RETRY_S), Reminder(), trio.current_time()
         while True:
-            stamp = self._pending
             request = NextSlice(
-                stamp=stamp,
+                stamp=self._pending,
                 incarnation=self._demand.incarnation,
                 seq=self._seq,
                 cached=self._cache.cached(self._demand.dataset),
@@ -255,15 +247,10 @@ class SlicePrefetcher:
                 answer = await self._ask(request)
             except NetworkError as exc:
                 pause_s = backoff.next_s()
-                logger.warning(
-                    "The scheduler gave no slice: %s. Asking again in %.1f s.",
-                    exc,
-                    pause_s,
-                    extra={"job_id": stamp.job_id},
-                )
+                logger.warning("The scheduler gave no slice: %s. Asking again in %.1f s.", exc, pause_s)
                 # a scheduler that comes back reports so
                 with trio.move_on_after(pause_s):
-                    await self._another_generation.wait()
+                    await self._generations.wait()
                 continue
             if isinstance(answer, SliceAssigned):
                 return answer
@@ -274,21 +261,12 @@ class SlicePrefetcher:
                     self._demand.dataset,
                     in_words(trio.current_time() - began),
                     answer.reason if isinstance(answer, NoSlice) else type(answer).__name__,
-                    extra={"job_id": stamp.job_id},
                 )
             wait_s = answer.retry_in_s if isinstance(answer, NoSlice) else MAX_RETRY_S
             # The round may move on while there is nothing: then this is no longer a request of the old one.
             self._pending = self._demand.stamp()
             # a comparison with NaN is always False
             await trio.sleep(min(max(wait_s, 0.05), MAX_RETRY_S) if wait_s >= 0 else MAX_RETRY_S)
-
-    async def _is_in_manifest(self, assigned: SliceAssigned) -> bool:
-        problem = "" if self._manifest is None else await self._manifest.problem(assigned)
-        if problem and problem != self._foreign:
-            fields = {"job_id": self._demand.stamp().job_id, "dataset": assigned.dataset}
-            logger.error("Not used: %s", problem, extra=fields)
-        self._foreign = problem
-        return not problem
 
     async def _take_cached(self, assigned: SliceAssigned, path: Path) -> bool:
         """Put the slice at ``path`` if it is here, and still what was pulled."""
@@ -306,59 +284,39 @@ class SlicePrefetcher:
             assigned.index,
             assigned.epoch,
             "it is in the cache" if hit else "it is to be fetched",
-            extra={"job_id": self._pending.job_id, "dataset": assigned.dataset},
+            extra={"dataset": assigned.dataset},
         )
         return hit
 
-    async def _pull_from_any(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
+    async def _pull(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         """Have one of the providers send it, whole; False when none did."""
-        began = trio.current_time()
-        try:
-            pulled = await self._pull_in_turn(assigned, path, patience_s)
-        except Exception:
-            FETCH_DURATION.record(trio.current_time() - began, status="failure")
-            raise
-        # not where it was cancelled, which may come as a group
-        FETCH_DURATION.record(trio.current_time() - began, status="success" if pulled else "failure")
-        return pulled
-
-    async def _pull_in_turn(self, assigned: SliceAssigned, path: Path, patience_s: float) -> bool:
         name = f"{assigned.dataset}/{assigned.index}"
         expect = TransferMeta(kind="slice", name=name, size=assigned.size, blake3=assigned.blake3)
-        incoming = self._cache.incoming(assigned)
+        incoming, began = self._cache.incoming(assigned), trio.current_time()
         self._cache.require_space(assigned.size)
         what = PullFile(kind="slice", name=name, job_id=self._demand.stamp().job_id)
         still_s = patience_s if len(assigned.providers) > 1 else None
         for provider in self._in_order(assigned.providers):
-            fields = {
-                "job_id": self._demand.stamp().job_id,
-                "peer_id": provider.peer,
-                "dataset": assigned.dataset,
-            }
-            began = trio.current_time()
+            fields = {"peer_id": provider.peer, "dataset": assigned.dataset}
             try:
                 await self._transfers.pull(provider, what, incoming, expect, assigned.size, still_s)
             except TransferCorrupt as exc:
-                logger.error(
-                    "Data node %s sent a corrupt slice %s: %s", provider.peer, name, exc, extra=fields
-                )
+                text = "Data node %s sent a corrupt slice %s: %s"
+                logger.error(text, provider.peer, name, exc, extra=fields)
             except Refused as exc:
                 logger.warning("Data node %s: no slice %s: %s", provider.peer, name, exc, extra=fields)
             except NetworkError as exc:
                 logger.warning("Slice %s could not be pulled: %s", name, exc, extra=fields)
             else:
                 lasted_s = trio.current_time() - began
-                logger.debug(
-                    "Slice %s was fetched within %.3f s: %d bytes.",
-                    name,
-                    lasted_s,
-                    assigned.size,
-                    extra=fields,
-                )
+                FETCH_DURATION.record(lasted_s, status="success")
+                text = "Slice %s was fetched within %.3f s: %d bytes."
+                logger.debug(text, name, lasted_s, assigned.size, extra=fields)
                 self._avoided.pop(provider.peer, None)
                 self._cache.insert(assigned, incoming)
                 return self._cache.link(assigned, path)
             self._avoided[provider.peer] = trio.current_time() + AVOID_S
+        FETCH_DURATION.record(trio.current_time() - began, status="failure")
         return False
 
     def _in_order(self, providers: tuple[PeerRef, ...]) -> list[PeerRef]:

@@ -53,19 +53,14 @@ class Owner(Struct, frozen=True):
 
 
 @dataclass
-class _Incoming:
-    index: CheckpointIndex
-    arrived: set[str] = field(default_factory=set)
-
-
-@dataclass
 class _Job:
     owner: Owner
     path: Path
     used_at: float
     generation: int = 0
     complete: dict[int, CheckpointIndex] = field(default_factory=dict)
-    incoming: _Incoming | None = None
+    #: of the copy that is on its way
+    incoming: CheckpointIndex | None = None
 
     @property
     def coming_to(self) -> Path:
@@ -128,19 +123,19 @@ class ReplicaStore:
             if job is None:
                 job = self._open(Owner(caller, request.job, index.job_id), index)
             job.generation = request.stamp.generation
-            incoming = job.incoming
-            if incoming is None or incoming.index != index:
-                incoming = self._expect(job, index, {*request.keep, index.round})
-            missing = tuple(file.name for file in index.files if file.name not in incoming.arrived)
+            if job.incoming != index:
+                self._expect(job, index, {*request.keep, index.round})
+            # a file has its name once it is verified
+            missing = tuple(file.name for file in index.files if not (job.coming_to / file.name).is_file())
             if not missing:
-                self._complete(job, incoming)
+                self._complete(job, index)
                 self._prune(job, {*request.keep, index.round})
             return missing
 
     def place_for(self, caller: str, meta: TransferMeta) -> Path:
         """Where a file of a copy is to be written. :class:`Refused` when nobody announced it."""
         with self._lock:
-            job, _, file = self._announced(caller, meta)
+            job, file = self._announced(caller, meta)
             path = job.coming_to / file.name
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._touch(job)
@@ -149,8 +144,7 @@ class ReplicaStore:
     def arrived(self, caller: str, meta: TransferMeta) -> None:
         """It lies there, verified and durable. :class:`Refused` when it is not wanted any more."""
         with self._lock:
-            _, incoming, file = self._announced(caller, meta)
-            incoming.arrived.add(file.name)
+            self._announced(caller, meta)
 
     def find(self, caller: str, job_name: str) -> tuple[CheckpointIndex, ...]:
         """The complete copies of the caller's jobs of that name, the newest round of each job first."""
@@ -192,23 +186,22 @@ class ReplicaStore:
         for job in self._jobs.values():
             yield from job.complete.values()
             if job.incoming is not None:
-                yield job.incoming.index
+                yield job.incoming
 
     def _owned(self, job: _Job, caller: str) -> None:
         if job.owner.peer != caller:
             raise Refused("uninvited", f"the copies of job {job.owner.job_id} belong to another scheduler")
 
-    def _announced(self, caller: str, meta: TransferMeta) -> tuple[_Job, _Incoming, CheckpointFile]:
+    def _announced(self, caller: str, meta: TransferMeta) -> tuple[_Job, CheckpointFile]:
         job = self._jobs.get(meta.stamp.job_id) if meta.stamp is not None else None
         if job is not None and job.incoming is not None and meta.stamp is not None:
             self._owned(job, caller)
             if meta.stamp.generation < job.generation:
                 raise Refused("stale", f"generation {job.generation} of the job has been here")
-            index = job.incoming.index
-            for file in index.files:
-                announced = (f"{index.round}/{file.name}", file.size, file.blake3)
+            for file in job.incoming.files:
+                announced = (f"{job.incoming.round}/{file.name}", file.size, file.blake3)
                 if (meta.name, meta.size, meta.blake3) == announced:
-                    return job, job.incoming, file
+                    return job, file
         raise Refused("uninvited", f"nobody announced the checkpoint file {meta.name}")
 
     def _open(self, owner: Owner, index: CheckpointIndex) -> _Job:
@@ -220,7 +213,7 @@ class ReplicaStore:
         self._jobs[owner.job_id] = job
         return job
 
-    def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> _Incoming:
+    def _expect(self, job: _Job, index: CheckpointIndex, keep: set[int]) -> None:
         """Make space, and begin; what was on its way before is given up."""
         job.incoming = None
         shutil.rmtree(job.coming_to, ignore_errors=True)
@@ -229,9 +222,8 @@ class ReplicaStore:
             self._prune(job, keep - {index.round})
         self._make_space(job, index)
         job.coming_to.mkdir(mode=0o700)
-        job.incoming = _Incoming(index)
+        job.incoming = index
         self._touch(job)
-        return job.incoming
 
     def _make_space(self, job: _Job, index: CheckpointIndex) -> None:
         """:class:`Refused` when the owner does not offer so much, or somebody else has it."""
@@ -251,8 +243,8 @@ class ReplicaStore:
                 f"worker's owner offers (storage.checkpoints_gb) {max(0, free)} are free",
             )
 
-    def _complete(self, job: _Job, incoming: _Incoming) -> None:
-        index, source = incoming.index, job.coming_to
+    def _complete(self, job: _Job, index: CheckpointIndex) -> None:
+        source = job.coming_to
         write_whole(source / INDEX, encode_json(index), durable=True)
         job.complete.pop(index.round, None)
         move_directory(source, job.round(index.round))

@@ -46,7 +46,12 @@ class StorageService:
         self._node.answer(DropCheckpoints, self._drop)
         self._node.answer(FindCheckpoints, self._find)
         self._node.transfers.serve("checkpoint", self._file)
-        self._node.transfers.accept("checkpoint", None, self._gate, self._arrived)
+        self._node.transfers.accept(
+            "checkpoint",
+            None,
+            lambda caller, meta: in_thread(self._store.place_for, caller, meta),
+            lambda caller, meta, path: in_thread(self._store.arrived, caller, meta),
+        )
         self._node.health_details.append(self._health)
 
     async def announce(self) -> None:
@@ -87,12 +92,6 @@ class StorageService:
 
     async def _find(self, caller: str, request: FindCheckpoints) -> CheckpointList:
         return CheckpointList(found=await in_thread(self._store.find, caller, request.job))
-
-    async def _gate(self, caller: str, meta: TransferMeta) -> Path:
-        return await in_thread(self._store.place_for, caller, meta)
-
-    async def _arrived(self, caller: str, meta: TransferMeta, path: Path) -> None:
-        await in_thread(self._store.arrived, caller, meta)
 
     async def _file(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         if request.job_id is None:
