@@ -13,6 +13,7 @@ import pytest
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient, BridgeConnection, BridgeUnanswered, lines
+from hypha.executor.threads import finish
 from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
@@ -191,11 +192,11 @@ def test_calls_of_an_executor_share_connections_and_survive_one_that_was_closed(
     answer = OK.replace(b"{}", b"[]")
     server.replies = [answer] * 3
     for _ in range(3):
-        assert client.fetch(Uri(value="http://somewhere/file")) == []
+        assert finish(client.fetch(Uri(value="http://somewhere/file"))) == []
     assert server.connections == 1
     # having nothing more to say, the server has hung up, as after a long silence
     assert server.hung_up.acquire(timeout=30)
     server.replies = [answer]
-    assert client.fetch(Uri(value="http://somewhere/file")) == []
+    assert finish(client.fetch(Uri(value="http://somewhere/file"))) == []
     assert (server.connections, len(server.requests)) == (2, 4)
     assert lost == []

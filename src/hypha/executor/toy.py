@@ -39,12 +39,6 @@ def one_thread_only() -> None:
     torch.set_num_threads(1)
 
 
-def toy_slice(path: Path, epoch: int, index: int, seed: int, asked: tuple[int, int, int]) -> Slice:
-    """A slice from its file. Raises :class:`SliceCorrupt`."""
-    columns = read_columns(path)
-    return Slice(epoch, index, columns, slice_order(seed, epoch, index, len(columns[COLUMN])), asked)
-
-
 class ToyInner:
     """One life of an inner optimizer on ``local``, at ``steps``."""
 
@@ -71,6 +65,7 @@ class ToyModel:
     """Of a :class:`~hypha.executor.inner.local_model.LocalModel` the part that a simulated trainer uses."""
 
     learning_rate = 0.0
+    fits = True
 
     def __init__(self, steps: int) -> None:
         self.base = toy_theta()
@@ -93,6 +88,15 @@ class ToyModel:
     def batch(self, columns: dict[str, Tensor]) -> Tensor:
         return self._inner.batch(columns)
 
+    def flush(self) -> None:
+        """It takes a step with each batch."""
+
+    def theta(self) -> Theta:
+        return self.local
+
+    def end(self) -> None:
+        """Nothing more is to be done."""
+
 
 def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
     """The hashes of theta before the first round and after each, computed again from the ledger.
@@ -103,7 +107,8 @@ def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
     optimizers: dict[tuple[str, int], tuple[Theta, ToyInner]] = {}
 
     def slice_of(epoch: int, index: int) -> Slice:
-        return toy_slice(data / ledger.manifest.slices[index].file, epoch, index, ledger.job.seed, (0, 0, 0))
+        columns = read_columns(data / ledger.manifest.slices[index].file)
+        return Slice(epoch, index, columns, slice_order(ledger.job.seed, epoch, index, len(columns[COLUMN])))
 
     def train(part: Contribution) -> Theta:
         key = (part.incarnation, part.restarts)

@@ -12,7 +12,7 @@ import datetime
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -169,13 +169,15 @@ class ProcessGroup:
         time.sleep(_HEARD_WITHIN_S)
         return code
 
-    def with_others(self, work: Callable[[BridgeClient], None]) -> Callable[[BridgeClient], None]:
+    def with_others(
+        self, work: Callable[[BridgeClient], Coroutine[Any, Any, None]]
+    ) -> Callable[[BridgeClient], Coroutine[Any, Any, None]]:
         """``work`` of rank 0, that reports of another process's end what that one said."""
 
-        def working(bridge: BridgeClient) -> None:
+        async def working(bridge: BridgeClient) -> None:
             threading.Thread(target=self._watch, args=(bridge,), name="other processes", daemon=True).start()
             try:
-                work(bridge)
+                await work(bridge)
             except RuntimeError as exc:
                 if not is_lost(exc):
                     raise
