@@ -14,13 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hypha.errors import DataError
 from hypha.executor.files import tensors
 from hypha.executor.files.tensors import Digests
 from hypha.executor.files.theta import Theta
-from hypha.executor.inner.slices_reader import Slice, read_columns, slice_order
-from hypha.executor.replay import recorded_rows, replayed_rounds
-from hypha.messages import Contribution, LedgerFile
 
 SIZE = 8
 #: the dataset's only column: the number of each row
@@ -62,10 +58,11 @@ class ToyInner:
 
 
 class ToyModel:
-    """Of a :class:`~hypha.executor.inner.local_model.LocalModel` the part that a simulated trainer uses."""
+    """Of a :class:`~hypha.executor.inner.local_model.LocalModel` what simulated trainers and replays use."""
 
     learning_rate = 0.0
     fits = True
+    config = None
 
     def __init__(self, steps: int) -> None:
         self.base = toy_theta()
@@ -74,10 +71,10 @@ class ToyModel:
 
     @property
     def steps(self) -> int:
-        return self._inner.steps
+        return self.inner.steps
 
     def start_over(self, steps: int) -> None:
-        self._inner = ToyInner(self.local, steps)
+        self.inner = ToyInner(self.local, steps)
 
     def load(self, path: Path) -> Digests:
         return tensors.read(path, self.base.all(), self.local.all(), quick=True)
@@ -86,7 +83,7 @@ class ToyModel:
         """Nothing in it is random."""
 
     def batch(self, columns: dict[str, Tensor]) -> Tensor:
-        return self._inner.batch(columns)
+        return self.inner.batch(columns)
 
     def flush(self) -> None:
         """It takes a step with each batch."""
@@ -96,36 +93,3 @@ class ToyModel:
 
     def end(self) -> None:
         """Nothing more is to be done."""
-
-
-def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
-    """The hashes of theta before the first round and after each, computed again from the ledger.
-
-    Raises :class:`DataError` when the ledger contradicts itself.
-    """
-    theta = toy_theta()
-    optimizers: dict[tuple[str, int], tuple[Theta, ToyInner]] = {}
-
-    def slice_of(epoch: int, index: int) -> Slice:
-        columns = read_columns(data / ledger.manifest.slices[index].file)
-        return Slice(epoch, index, columns, slice_order(ledger.job.seed, epoch, index, len(columns[COLUMN])))
-
-    def train(part: Contribution) -> Theta:
-        key = (part.incarnation, part.restarts)
-        if key not in optimizers:
-            local = theta.copy()
-            optimizers[key] = (local, ToyInner(local, part.steps))
-        local, inner = optimizers[key]
-        local.assign(theta)
-        if inner.steps != part.steps:
-            raise DataError(
-                f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
-            )
-        if part.samples != part.batches * part.batch_size:
-            raise DataError(f"round {part.round} of {part.worker} has no {part.batches} whole batches")
-        stream = recorded_rows(part, slice_of)
-        while (columns := stream.take(part.batch_size)) is not None:
-            inner.batch(columns)
-        return local
-
-    return list(replayed_rounds(ledger, theta, scratch, train))

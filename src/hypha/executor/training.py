@@ -16,6 +16,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -358,9 +359,10 @@ def main(arguments: list[str]) -> int:
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
-        await Trainer(bridge, job, begin_traces(bridge, job), group).run()
+        with nullcontext() if group is None else group.whole():
+            await Trainer(bridge, job, begin_traces(bridge, job), group).run()
 
-    return run_executor(Path(arguments[0]), work if group is None else group.with_others(work))
+    return run_executor(Path(arguments[0]), work)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import trio
 
 from hypha.errors import HyphaError
+from hypha.executor.inner.local_model import LocalModel
 from hypha.executor.outer.archive import THETA
-from hypha.executor.toy import replay_toy
+from hypha.executor.replay import Replay
+from hypha.executor.toy import ToyModel, toy_theta
 from hypha.journal import JournalEntry
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
@@ -65,7 +68,9 @@ def _check_ledger(world: World, scheduler: str, result: JobResult) -> list[str]:
         found.append(f"a round of an older generation follows one of a newer: {generations}")
     with tempfile.TemporaryDirectory(prefix="hypha-replay-", dir=world.root) as scratch:
         try:
-            hashes = replay_toy(ledger, world.root / "dataset", Path(scratch))
+            model = cast("LocalModel", ToyModel(0))
+            again = Replay(ledger, world.root / "dataset", Path(scratch), toy_theta(), model)
+            hashes = list(again.run())
         except HyphaError as exc:
             found.append(f"the ledger cannot be replayed: {exc}")
         else:
