@@ -191,7 +191,7 @@ class ParameterServer:
 
     async def _load(self) -> None:
         job = self._job
-        self._files = self._begin_files()
+        self._files = ModelFiles(self._bridge, self._job, self._archive.finished_within, self.put)
         momentum: dict[str, Tensor] = {}
         if job.restore is None:
             self._theta = await self._files.first_theta()
@@ -208,9 +208,6 @@ class ParameterServer:
             self._outer.restore_momentum(momentum)
         self._hashes = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
-
-    def _begin_files(self) -> ModelFiles:
-        return ModelFiles(self._bridge, self._job, self._archive.finished_within, self.put)
 
     async def _restored(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
         """Theta and momentum of a checkpoint, if all of it is there and is what was saved."""

@@ -97,18 +97,20 @@ class Trainer:
         source = None if job.model.source is None else await self._fetched(job.model.source)
         if job.preprocessor is not None:
             preprocess = Preprocessor(job.preprocessor, await self._fetched(job.preprocessor.source))
-        if self._group is None:
-            self._model = LocalModel(job, source)
-        else:
-            # what it imports few executors need
-            from hypha.executor.inner.spread_model import SpreadModel
-
-            self._model = SpreadModel(self._group, job, source)
+        self._model = self._build(source)
         padding = padding_of(None, config=self._model.config)
         self._stream = RowStream(padding if preprocess is None else preprocess.padding)
         self._slices = SliceReadAhead(self._bridge, job, preprocess, self._inbox.changed)
         least = least_step_s(variable("HYPHA_STEP_S"))
         self._step_s: Callable[[], float] = lambda: least
+
+    def _build(self, source: Path | None) -> LocalModel:
+        if self._group is None:
+            return LocalModel(self._job, source)
+        # what it imports few executors need
+        from hypha.executor.inner.spread_model import SpreadModel
+
+        return SpreadModel(self._group, self._job, source)
 
     async def _fetched(self, reference: Reference) -> Path:
         try:

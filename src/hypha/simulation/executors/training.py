@@ -1,16 +1,16 @@
-"""A training executor of a simulated world: the real one, with a toy model."""
+"""A training executor of a simulated world: the real one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import cast
+from pathlib import Path
 
 from msgspec.structs import replace
 
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.inner.local_model import LocalModel
-from hypha.executor.inner.slices_reader import RowStream, SliceReadAhead
-from hypha.executor.toy import ToyModel
+from hypha.executor.inner.loop import Processor
+from hypha.executor.inner.slices_reader import SliceReadAhead
 from hypha.executor.training import Trainer
 from hypha.messages import Contribution, TrainJob
 from hypha.simulation.executors.bridge import Bridge
@@ -28,18 +28,20 @@ class SimulatedTrainer(Trainer):
         self._lies = lies
 
     async def _load(self) -> None:
-        self._toy = ToyModel(self._job.steps)
-        self._model = cast("LocalModel", self._toy)
-        self._stream = RowStream()
-        slices = self._slices = _Slices(self._bridge, self._job, None, self._inbox.changed)
-        slices.lies = self._lies
+        await super()._load()
+        self._slices = _Slices(self._bridge, self._job, None, self._inbox.changed)
+        self._slices.lies = self._lies
         self._step_s = self._batch_s
+
+    def _build(self, source: Path | None) -> LocalModel:
+        # the same on machines with a GPU
+        return LocalModel(self._job, source, Processor())
 
     def _synchronise(self) -> None:
         if "withhold" in self._lies:
             return self._tell_all()
         if "blow-up" in self._lies:
-            for value in self._toy.local.parameters.values():
+            for value in self._model.theta().parameters.values():
                 value.add_(_BLOWN_UP)
         return super()._synchronise()
 
