@@ -157,36 +157,25 @@ class ForkedNode:
 
     def poll(self) -> int | None:
         """The exit code, or minus the number of the signal that ended it; ``None`` while it runs."""
-        if self.returncode is None and _readable(self._told.fileno()):
-            self._receive()
-        return self.returncode
-
-    def _receive(self) -> None:
-        reply = self._told.recv(_MAX_REPLY_BYTES)
-        if reply:
-            self.returncode = os.waitstatus_to_exitcode(json.loads(reply)["status"])
-        elif _readable(self._descriptor):
-            # the host has ended before it: how it ended nobody knows
-            self.returncode = -signal.SIGKILL
-        else:
-            return
-        for closing in (self._told.fileno(), self._descriptor):
+        if self.returncode is None and _readable(self._descriptor):
+            # the host reports it at once; where that has ended before, nobody knows how it ended
+            reply = self._told.recv(_MAX_REPLY_BYTES)
+            status = json.loads(reply)["status"] if reply else signal.SIGKILL
+            self.returncode = os.waitstatus_to_exitcode(status)
             # another task may wait for it
             with contextlib.suppress(RuntimeError):  # trio does not run
-                trio.lowlevel.notify_closing(closing)
-        self._told.close()
-        os.close(self._descriptor)
+                trio.lowlevel.notify_closing(self._descriptor)
+            self._told.close()
+            os.close(self._descriptor)
+        return self.returncode
 
     async def wait(self) -> int:
         """Until it has ended; as :meth:`poll`."""
-        while self.poll() is None:
-            # where the host has ended, nobody will report the end
-            descriptor = self._descriptor if _readable(self._told.fileno()) else self._told.fileno()
+        while (code := self.poll()) is None:
             with contextlib.suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(descriptor)
+                await trio.lowlevel.wait_readable(self._descriptor)
         await trio.lowlevel.checkpoint()
-        assert self.returncode is not None
-        return self.returncode
+        return code
 
     def send_signal(self, number: signal.Signals) -> None:
         """To it alone, if it still runs."""
