@@ -230,35 +230,31 @@ class ParameterServer:
 
     def _update_arrived(self, file: ReceivedFile) -> None:
         round = file.meta.stamp.round if file.meta.stamp is not None else -1
+        path = self._bridge.directory / file.path
         with self._span(RECEIVE_UPDATE, round) as receiving:
             receiving.set_attributes({"hypha.peer": file.from_peer, "hypha.transfer.bytes": file.size})
-            self._receive_update(file, round)
-
-    def _receive_update(self, file: ReceivedFile, round: int) -> None:
-        path = self._bridge.directory / file.path
-        try:
-            if not admit(file, self._job, self.round, self._members):
-                self._wait_for_members(file)
-                return
-            contribution = contribution_in(path)
-            check_contribution(file, contribution, self._job, self._members)
-            norm = self._outer.add(file.from_peer, contribution.samples, path)
-        except (Refused, DataError) as exc:
-            code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
-            # it may quote the file, which is the worker's
-            reason = cleaned(reason, MAX_REASON)
-            logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
-            self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=code, reason=reason))
-        else:
-            logger.info(
-                "Added the update of %s (%d samples, norm %g).", file.from_peer, contribution.samples, norm
-            )
-            received = UpdateReceived(
-                round=round, worker=file.from_peer, samples=contribution.samples, contribution=contribution
-            )
-            self._received[file.from_peer] = received
-            self._bridge.report(received)
-        self._updates.give(path)
+            try:
+                if not admit(file, self._job, self.round, self._members):
+                    self._wait_for_members(file)
+                    return
+                contribution = contribution_in(path)
+                check_contribution(file, contribution, self._job, self._members)
+                norm = self._outer.add(file.from_peer, contribution.samples, path)
+            except (Refused, DataError) as exc:
+                code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
+                # it may quote the file, which is the worker's
+                reason = cleaned(reason, MAX_REASON)
+                logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
+                refused = UpdateRefused(round=round, worker=file.from_peer, code=code, reason=reason)
+                self._bridge.report(refused)
+            else:
+                samples = contribution.samples
+                logger.info("Added the update of %s (%d samples, norm %g).", file.from_peer, samples, norm)
+                received = self._received[file.from_peer] = UpdateReceived(
+                    round=round, worker=file.from_peer, samples=samples, contribution=contribution
+                )
+                self._bridge.report(received)
+            self._updates.give(path)
 
     def _wait_for_members(self, file: ReceivedFile) -> None:
         """One update of each worker: a later one takes the place of an earlier."""

@@ -13,7 +13,6 @@ many seconds: a machine plays a slower one, or several on the same machine do no
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,6 +30,7 @@ from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
 from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend, turn_of
 from hypha.executor.inner.local_model import LocalModel
+from hypha.executor.inner.loop import least_step_s
 from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
 from hypha.executor.inner.round_counts import RoundCounts
 from hypha.executor.inner.slices_reader import RowStream, SliceReadAhead
@@ -38,7 +38,16 @@ from hypha.executor.models.model_files import fetched
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of
 from hypha.executor.running import begin_traces, leave, run_executor
-from hypha.messages import Alive, Contribution, Loaded, ReceivedFile, Reference, RoundStarted, TrainJob
+from hypha.messages import (
+    Alive,
+    Contribution,
+    Loaded,
+    Progress,
+    ReceivedFile,
+    Reference,
+    RoundStarted,
+    TrainJob,
+)
 from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, SEND_UPDATE, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")
@@ -202,7 +211,8 @@ class Trainer:
             self._start_round(file)
 
     def _start_round(self, file: ReceivedFile) -> None:
-        at = _, round, attempt = turn_of(file)
+        at = turn_of(file)
+        round = at[1]
         path = self._bridge.directory / file.path
         if not self._hash:
             check_same_model(path, self._model.base)
@@ -220,8 +230,7 @@ class Trainer:
         self._generation, self._round, self._attempt = at
         self._hash, self._lost = file.meta.blake3, False
         self._stream.start_round()
-        rows, steps = self._batch_size.rows, self._model.steps
-        self._done = RoundCounts(round, attempt, rows, steps, self._threads.now())
+        self._done = RoundCounts(self._batch_size.rows, self._model.inner.steps, self._threads.now())
         self._model.start_round(round)
         self._started()
 
@@ -314,7 +323,19 @@ class Trainer:
             self._progress(self._done.losses.latest(self._threads.now()))
 
     def _progress(self, loss: float) -> None:
-        self._bridge.report(self._done.progress(loss, self._model.learning_rate))
+        """Report all of the round so far, with the mean ``loss`` of the batches since the last report."""
+        done = self._done
+        self._bridge.report(
+            Progress(
+                round=self._round,
+                batches=done.batches,
+                samples=done.samples,
+                busy_s=done.busy_s,
+                loss=loss,
+                learning_rate=self._model.inner.learning_rate,
+                attempt=self._attempt,
+            )
+        )
 
     def _synchronise(self) -> None:
         """Write the update and have it sent."""
@@ -328,25 +349,27 @@ class Trainer:
         sending = partial(self._traces.in_round, SEND_UPDATE, self._generation, self._round)
         update = UpdateToSend(path, xxh3, contribution)
         self._sender = UpdateSender(self._bridge, self._inbox, update, self._reused, sending)
-        self._batch_size.round_ended(self._done.batches, self._done.busy_s, self._model.fits)
+        fits = not self._model.inner.rows.limited
+        self._batch_size.round_ended(self._done.batches, self._done.busy_s, fits)
 
     def _contribution(self) -> Contribution:
-        return self._done.contribution(
-            self._job.me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
+        """What the update of the round stands for."""
+        done = self._done
+        return Contribution(
+            round=self._round,
+            worker=self._job.me,
+            incarnation=self._incarnation,
+            restarts=self._restarts,
+            attempt=self._attempt,
+            samples=done.samples,
+            batches=done.batches,
+            batch_size=done.rows,
+            steps=done.first_steps,
+            ranges=tuple(self._stream.ranges),
+            finished=tuple(self._stream.finished),
+            loss=done.losses.mean(),
+            threads=torch.get_num_threads(),
         )
-
-
-def least_step_s(text: str | None) -> float:
-    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
-    try:
-        value = float(text or 0.0)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise ModelError(
-            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
-        )
-    return value
 
 
 def main(arguments: list[str]) -> int:

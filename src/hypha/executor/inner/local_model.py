@@ -67,21 +67,6 @@ class LocalModel:
             #: the incarnation of the optimizer that takes the steps
             self.inner = Inner(self._model, self._forward, job, self._accelerator, job.steps)
 
-    @property
-    def steps(self) -> int:
-        """Inner steps so far, those of earlier generations included."""
-        return self.inner.steps
-
-    @property
-    def learning_rate(self) -> float:
-        """That of the next step."""
-        return self.inner.learning_rate
-
-    @property
-    def fits(self) -> bool:
-        """Was no batch cut for want of memory lately? Of several processes only this one is asked."""
-        return not self.inner.rows.limited
-
     def load(self, path: Path) -> Digests:
         """Set base and the local model to theta in that file; the file's hashes, without BLAKE3."""
         return tensors.read(path, self.base.all(), self._tensors.theta().all(), quick=True)

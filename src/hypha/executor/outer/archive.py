@@ -227,7 +227,7 @@ def read_checkpoint(
 def _read(path: Path, expected: str) -> dict[str, Tensor]:
     try:
         with TensorFile(path) as file:
-            into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in file.specs().items()}
+            into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in file.specs.items()}
         found = tensors.read(path, into).blake3
     except DataError as exc:
         raise CheckpointUnusable(f"{path.name} of the checkpoint cannot be read: {exc}") from exc

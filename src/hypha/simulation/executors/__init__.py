@@ -1,3 +1,3 @@
-"""Executors of a simulated world: the code of real ones, as tasks, on a toy model. Their worker's handlers are
-in place of HTTP.
+"""Executors of a simulated world: the code of real ones, as tasks, on a toy model, with the handlers of their
+worker in place of HTTP.
 """
