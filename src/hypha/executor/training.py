@@ -205,34 +205,31 @@ class Trainer:
 
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
-        generation, round, _ = turn_of(file)
+        at = generation, round, _ = turn_of(file)
         with self._traces.in_round(LOAD_WEIGHTS, generation, round) as loading:
             loading.set_attribute("hypha.transfer.bytes", file.size)
-            self._start_round(file)
-
-    def _start_round(self, file: ReceivedFile) -> None:
-        at = turn_of(file)
-        round = at[1]
-        path = self._bridge.directory / file.path
-        if not self._hash:
-            check_same_model(path, self._model.base)
-        found = self._model.load(path)
-        if found.xxh3 != file.meta.xxh3:
-            raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
-        self._reused.give(path)
-        sender, self._sender = self._sender, None
-        if sender is not None:
-            sender.stop()
-        continued = round == self._round + 1 and not self._lost
-        in_it = sender is not None and continued and self._job.me in file.meta.contributors
-        if self._round >= 0 and not in_it:
-            self._start_over(at)
-        self._generation, self._round, self._attempt = at
-        self._hash, self._lost = file.meta.blake3, False
-        self._stream.start_round()
-        self._done = RoundCounts(self._batch_size.rows, self._model.inner.steps, self._threads.now())
-        self._model.start_round(round)
-        self._started()
+            path = self._bridge.directory / file.path
+            if not self._hash:
+                check_same_model(path, self._model.base)
+            found = self._model.load(path)
+            if found.xxh3 != file.meta.xxh3:
+                raise DataError(
+                    f"theta in {path.name} is not what was sent; the worker's disk may be failing"
+                )
+            self._reused.give(path)
+            sender, self._sender = self._sender, None
+            if sender is not None:
+                sender.stop()
+            continued = round == self._round + 1 and not self._lost
+            in_it = sender is not None and continued and self._job.me in file.meta.contributors
+            if self._round >= 0 and not in_it:
+                self._start_over(at)
+            self._generation, self._round, self._attempt = at
+            self._hash, self._lost = file.meta.blake3, False
+            self._stream.start_round()
+            self._done = RoundCounts(self._batch_size.rows, self._model.inner.steps, self._threads.now())
+            self._model.start_round(round)
+            self._started()
 
     def _started(self) -> None:
         grown = self._done.rows if self._job.most_batch_size is not None else None
