@@ -21,7 +21,6 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +28,7 @@ from typing import Any, NoReturn
 import trio
 
 from hypha.config.environment import replace_environment, set_variable
-from hypha.processes.forking import close_all_but, start_afresh
+from hypha.processes.forking import close_all_but, run_main, start_afresh
 
 #: what may be forked: each has a ``main``
 COMPONENTS = ("hypha.cli.gateway", "hypha.cli.data", "hypha.cli.worker", "hypha.cli.scheduler")
@@ -105,8 +104,8 @@ class NodeForkServer:
 
 def _become_node(request: dict[str, Any], output: int) -> NoReturn:
     """In a fresh fork, whose signals are blocked."""
-    code = 1
-    try:
+
+    def main() -> object:
         os.setsid()
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -119,24 +118,10 @@ def _become_node(request: dict[str, Any], output: int) -> NoReturn:
         replace_environment(request["environment"])
         module, arguments = request["module"], request["arguments"]
         start_afresh([sys.executable, "-m", module, *arguments], module, arguments)
-        code = _run(module)
-    except BaseException:  # noqa: BLE001 - nothing of the host's own code may run on here
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):  # its disk is full
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _run(module: str) -> int:
-    try:
         sys.modules[module].main()
-    except SystemExit as exc:
-        if isinstance(exc.code, str):
-            print(exc.code, file=sys.stderr)
-        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-    return 0
+        return 0
+
+    run_main(main)
 
 
 def enter_namespace(descriptor: int) -> None:
