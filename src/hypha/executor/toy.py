@@ -16,6 +16,8 @@ COLUMN = "row"
 class ToyModel(nn.Module):
     """The same whenever it is built."""
 
+    rows: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(SIZE, generator=torch.Generator().manual_seed(0)))

@@ -91,6 +91,8 @@ class OuterStep:
 
         Raises :class:`Refused` (``duplicate``, ``invalid``) before anything was added.
         """
+        if recorded is not None and recorded.clip is None:
+            recorded = None
         if worker in self.contributors:
             raise Refused("duplicate", "this round already has an update of this worker", worker)
         if samples <= 0:
@@ -130,7 +132,7 @@ class OuterStep:
             part.path.unlink()
 
     def _clip(self, part: JudgedUpdate) -> float:
-        if part.recorded is not None:
+        if part.recorded is not None and part.recorded.clip is not None:
             return part.recorded.clip
         clip = self._limit.clip(part.norm)
         if clip < 1.0:
