@@ -54,22 +54,17 @@ class NodeForkServer:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        #: where the end of a node is told, by its PID
-        self._told: dict[int, socket.socket] = {}
-        woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        # without a handler it is ignored, and nothing is written to the descriptor
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._woken = woken
+        #: by the pidfd of a node its PID, and where its end is told
+        self._nodes: dict[int, tuple[int, socket.socket]] = {}
 
     def serve(self) -> None:
         """Until nobody can ask any more."""
         while True:
-            ready, _, _ = select.select([self._control.fileno(), self._woken], [], [])
-            if self._woken in ready:
-                os.read(self._woken, 4096)
-                self._tell()
-            if self._control.fileno() in ready:
+            ready, _, _ = select.select([self._control, *self._nodes], [], [])
+            for one in ready:
+                if one is not self._control:
+                    self._tell(one)
+                    continue
                 data, descriptors, _, _ = socket.recv_fds(self._control, MAX_REQUEST_BYTES, 2)
                 if not data:
                     return
@@ -84,22 +79,18 @@ class NodeForkServer:
             _become_node(request, output)
         signal.pthread_sigmask(signal.SIG_SETMASK, every)
         os.close(output)
-        self._told[pid] = told
         # opened here: only the parent knows that the number is still this process's
         descriptor = os.pidfd_open(pid)
+        self._nodes[descriptor] = pid, told
         with contextlib.suppress(OSError):
             socket.send_fds(told, [json.dumps({"pid": pid}).encode()], [descriptor])
-        os.close(descriptor)
 
-    def _tell(self) -> None:
-        while self._told:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            told = self._told.pop(pid)
-            with contextlib.suppress(OSError):  # who asked is gone
-                told.send(json.dumps({"status": status}).encode())
-            told.close()
+    def _tell(self, descriptor: int) -> None:
+        pid, told = self._nodes.pop(descriptor)
+        os.close(descriptor)
+        _, status = os.waitpid(pid, 0)
+        with told, contextlib.suppress(OSError):  # who asked is gone
+            told.send(json.dumps({"status": status}).encode())
 
 
 def _become_node(request: dict[str, Any], output: int) -> NoReturn:
