@@ -13,6 +13,7 @@ import pytest
 
 from hypha.errors import PeerUnreachable, Refused
 from hypha.executor.bridge.client import BridgeClient, BridgeConnection, BridgeUnanswered, lines
+from hypha.executor.threads import finish
 from hypha.messages import Uri
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
@@ -191,7 +192,7 @@ def test_calls_of_an_executor_survive_a_server_that_hangs_up(
     answer = OK.replace(b"{}", b"[]")
     for _ in range(2):
         server.replies = [answer]
-        assert client.fetch(Uri(value="http://somewhere/file")) == []
+        assert finish(client.fetch(Uri(value="http://somewhere/file"))) == []
         # having nothing more to say, the server has hung up
         assert server.hung_up.acquire(timeout=30)
     assert len(server.requests) == 2

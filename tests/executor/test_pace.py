@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hypha.errors import ModelError
-from hypha.executor.training import least_step_s
+from hypha.executor.inner.loop import least_step_s
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("", 0.0), ("0", 0.0), ("0.25", 0.25), ("3", 3.0)])

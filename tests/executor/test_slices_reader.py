@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hypha.errors import BatchFailed, SliceCorrupt
+from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.inner.slices_reader import (
     RowStream,
     Slice,
@@ -22,7 +23,8 @@ from hypha.executor.inner.slices_reader import (
     slice_order,
 )
 from hypha.executor.models.preprocessing import Padding, joined
-from hypha.messages import SliceRange
+from hypha.executor.threads import ThreadCondition
+from hypha.messages import ExecutorDescriptor, InnerOptimizer, ModelSpec, PeerRef, SliceRange, TrainJob
 
 
 def part(index: int, rows: int, epoch: int = 0, round: int = 0) -> Slice:
@@ -157,59 +159,89 @@ def test_broken_slice_files_are_named(tmp_path: Path) -> None:
             read_columns(tmp_path / name)
 
 
-class Source:
-    """Gives slices when told to, and says how often it was asked."""
+class Watched(ThreadCondition):
+    """Says how often something has changed."""
 
     def __init__(self) -> None:
+        super().__init__()
+        self.changes = threading.Semaphore(0)
+
+    def notify_all(self) -> None:
+        super().notify_all()
+        self.changes.release()
+
+
+class Prefetcher(SliceReadAhead):
+    """Gets slices when the test gives them, and says how often it asked."""
+
+    def __init__(self, directory: Path) -> None:
+        self.watched = Watched()
+        client = BridgeClient(directory / "bridge.sock", directory)
+        job = TrainJob(
+            job_id="job",
+            generation=0,
+            executor=ExecutorDescriptor(kind="train", name="toy"),
+            me="worker",
+            scheduler=PeerRef(peer="scheduler"),
+            parameter_server=PeerRef(peer="server"),
+            model=ModelSpec(task="torch"),
+            dataset="data",
+            batch_size=4,
+            optimizer=InnerOptimizer(),
+        )
+        super().__init__(client, job, None, self.watched)
         self.items: queue.SimpleQueue[Slice | Exception] = queue.SimpleQueue()
         self.asked = threading.Semaphore(0)
 
-    def fetch(self) -> Slice:
+    async def fetch(self) -> Slice:
         self.asked.release()
         item = self.items.get()
         if isinstance(item, Exception):
             raise item
         return item
 
+    def comes_to_be_ready(self) -> bool:
+        while not self.ready:
+            if not self.watched.changes.acquire(timeout=5):
+                return False
+        return True
 
-def test_one_slice_is_kept_ready_and_no_more() -> None:
-    source, changed = Source(), threading.Semaphore(0)
-    prefetcher = SliceReadAhead(source.fetch, changed.release)
+
+def test_one_slice_is_kept_ready_and_no_more(tmp_path: Path) -> None:
+    prefetcher = Prefetcher(tmp_path)
     prefetcher.start()
-    assert source.asked.acquire(timeout=5)
+    assert prefetcher.asked.acquire(timeout=5)
     assert prefetcher.take() is None
-    source.items.put(part(0, 3))
-    assert changed.acquire(timeout=5)
-    assert not source.asked.acquire(timeout=0.05)
+    prefetcher.items.put(part(0, 3))
+    assert prefetcher.comes_to_be_ready()
+    assert not prefetcher.asked.acquire(timeout=0.05)
     found = prefetcher.take()
     assert found is not None
     assert found.index == 0
-    assert source.asked.acquire(timeout=5)
+    assert prefetcher.asked.acquire(timeout=5)
     # what is being fetched for a round that is over is dropped as well
     prefetcher.drop_before((0, 5, 0))
-    source.items.put(part(1, 3, round=4))
-    assert source.asked.acquire(timeout=5)
-    source.items.put(part(2, 3, round=5))
-    assert changed.acquire(timeout=5)
+    prefetcher.items.put(part(1, 3, round=4))
+    assert prefetcher.asked.acquire(timeout=5)
+    prefetcher.items.put(part(2, 3, round=5))
+    assert prefetcher.comes_to_be_ready()
     found = prefetcher.take()
     assert found is not None
     assert found.index == 2
-    source.items.put(SliceCorrupt("slice 9 is broken"))
-    assert changed.acquire(timeout=5)
-    assert prefetcher.ready
+    prefetcher.items.put(SliceCorrupt("slice 9 is broken"))
+    assert prefetcher.comes_to_be_ready()
     with pytest.raises(SliceCorrupt, match="slice 9"):
         prefetcher.take()
 
 
-def test_a_ready_slice_of_an_old_round_is_dropped() -> None:
-    source, changed = Source(), threading.Semaphore(0)
-    prefetcher = SliceReadAhead(source.fetch, changed.release)
+def test_a_ready_slice_of_an_old_round_is_dropped(tmp_path: Path) -> None:
+    prefetcher = Prefetcher(tmp_path)
     prefetcher.start()
-    source.items.put(part(0, 3, round=2))
-    assert changed.acquire(timeout=5)
+    prefetcher.items.put(part(0, 3, round=2))
+    assert prefetcher.comes_to_be_ready()
     prefetcher.drop_before((0, 2, 0))
     assert prefetcher.ready
     prefetcher.drop_before((0, 3, 0))
     assert not prefetcher.ready
-    source.items.put(SliceCorrupt("the end"))
-    assert changed.acquire(timeout=5)
+    prefetcher.items.put(SliceCorrupt("the end"))
+    assert prefetcher.comes_to_be_ready()

@@ -209,7 +209,7 @@ def test_an_update_that_was_not_moved_is_zero_in_every_encoding(tmp_path: Path) 
 
 def test_int8_without_scales_and_unknown_encodings_are_refused(tmp_path: Path) -> None:
     for metadata, words in (({"encoding": "int8"}, "one scale"), ({"encoding": "zip"}, "unknown")):
-        tensors.write(tmp_path / "u", theta().all(), metadata)
+        save_file(theta().all(), tmp_path / "u", metadata)
         with TensorFile(tmp_path / "u") as file, pytest.raises(DataError, match=words):
             UpdateFile(file, theta())
 

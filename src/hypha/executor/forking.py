@@ -23,10 +23,9 @@ import numpy as np
 import torch
 
 from hypha.config.environment import replace_environment
-from hypha.executor.running import leave
 from hypha.messages import Forked, ForkRequest, KeeperEnded, encode
 from hypha.processes import keeper
-from hypha.processes.forking import close_all_but, set_command_line, start_afresh
+from hypha.processes.forking import close_all_but, run_main, set_command_line, start_afresh
 
 _SET_BLAS_THREADS = (
     "scipy_openblas_set_num_threads64_",
@@ -80,19 +79,17 @@ def _cannot_start(request: ForkRequest, exc: Exception) -> None:
 
 def _be_executor(request: ForkRequest, prepare: Callable[[], None], command: Sequence[str]) -> NoReturn:
     """In a fork of the keeper, whose signals are blocked."""
-    try:
+
+    def main() -> object:
         try:
             prepare()
         except OSError as exc:
             _cannot_start(request, exc)
-            os._exit(keeper.CANNOT_EXECUTE)
+            return keeper.CANNOT_EXECUTE
         become_executor(request, command)
-        leave(_run(request))
-    finally:
-        # an exception, at which an interpreter ends like this
-        sys.stdout.flush()
-        traceback.print_exc()
-        os._exit(1)
+        return sys.modules[request.module].main(list(request.arguments))
+
+    run_main(main)
 
 
 def become_executor(request: ForkRequest, command: Sequence[str]) -> None:
@@ -101,15 +98,6 @@ def become_executor(request: ForkRequest, command: Sequence[str]) -> None:
     np.random.seed()
     torch.manual_seed(int.from_bytes(os.urandom(7), "big"))
     set_threads(request.environment)
-
-
-def _run(request: ForkRequest) -> int:
-    try:
-        return int(sys.modules[request.module].main(list(request.arguments)) or 0)
-    except SystemExit as exc:
-        if isinstance(exc.code, str):
-            print(exc.code, file=sys.stderr)
-        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
 
 
 def set_threads(environment: Mapping[str, str]) -> None:

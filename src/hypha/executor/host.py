@@ -137,7 +137,6 @@ class ExecutorForkServer:
         self._state = inherited_state()
         self._controls = list(controls)
         self._listener = listener
-        self._lifeline = lifeline
         self._waiting: list[_Asked] = []
         self._torch = self._all = False
         #: the keepers that were forked here, while they live; any other child was left by one that was killed
@@ -193,17 +192,14 @@ class ExecutorForkServer:
         """Look once at everything, waiting at most that long for something to happen."""
         watched: list[socket.socket | int] = [*self._controls, self._wakeup]
         watched += [] if self._listener is None else [self._listener]
-        watched += [] if self._lifeline is None else [self._lifeline]
         ready, _, _ = select.select(watched, [], [], timeout_s)
         for one in ready:
             if one is self._listener:
                 self._accept(self._listener)
             elif isinstance(one, socket.socket):
                 self._receive(one)
-            elif one == self._wakeup:
+            else:
                 self._reap()
-            elif not os.read(one, 4096):
-                sys.exit(0)
         for asked in list(self._waiting):
             if self._answer(asked):
                 self._waiting.remove(asked)
@@ -222,8 +218,6 @@ class ExecutorForkServer:
             data, descriptors, _, _ = socket.recv_fds(control, MAX_REQUEST_BYTES, 3)
         except OSError:
             data, descriptors = b"", []
-        if not data and self._listener is None:
-            sys.exit(0)  # its worker has ended
         if not data:
             self._controls.remove(control)
             control.close()

@@ -24,8 +24,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from hypha.config.environment import set_variable, variable
 from hypha.errors import ConfigError, HyphaError, Problem
+from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.inner.process_group import find_last_words
-from hypha.executor.running import leave, set_up_log
+from hypha.executor.running import FLUSH_S, leave, set_up_log
 
 logger = logging.getLogger("hypha.executor.launch")
 
@@ -96,8 +97,11 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as exc:
         rank, failure = exc.get_first_failure()
         code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-        if (words := find_last_words(Path.cwd(), 0.0)) is not None:
-            # what else it said is in the output already, and reported
+        if (words := find_last_words(Path.cwd())) is not None:
+            bridge = BridgeClient(Path(socket).absolute(), Path.cwd())
+            bridge.report(words.error)
+            bridge.flush(FLUSH_S)
+            # what else it said is in the output already
             said = words.error.message.partition("\n")[0]
             text = f"process {words.rank} of {args.num_processes}: {said}"
             code = words.exit_code

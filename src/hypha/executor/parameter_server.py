@@ -11,32 +11,31 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import queue
+import os
+import shutil
 import sys
-from collections.abc import Iterable
-from concurrent.futures import Future
+from collections import deque
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from opentelemetry.trace import Span
 from torch import Tensor
 
 from hypha.decoding import MAX_REASON
-from hypha.errors import CheckpointUnusable, DataError, ModelError, Refused
+from hypha.errors import CheckpointUnusable, DataError, ModelError, PeerUnreachable, Refused
 from hypha.executor.bridge.client import ALIVE_S, BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.reused import ReusedFiles
-from hypha.executor.files.theta import Theta, theta_of
+from hypha.executor.files.theta import Theta
 from hypha.executor.files.updates import contribution_in
 from hypha.executor.models.model_files import ModelFiles
 from hypha.executor.outer.admission import admit, check_contribution
 from hypha.executor.outer.archive import Archive, CheckpointState, read_checkpoint
-from hypha.executor.outer.broadcast import Broadcasts
 from hypha.executor.outer.step import OuterStep
 from hypha.executor.running import begin_traces, leave, run_executor
+from hypha.executor.threads import WorkQueue
 from hypha.messages import (
     AggregateJob,
     Alive,
@@ -47,17 +46,27 @@ from hypha.messages import (
     Members,
     ModelReady,
     PeerRef,
+    Peers,
     ReceivedFile,
     Reference,
     Rejoin,
     RoundApplied,
     SaveCheckpoint,
+    SendCall,
     SendModel,
     UpdateReceived,
     UpdateRefused,
 )
 from hypha.naming import cleaned
-from hypha.tracing.operations import BROADCAST, LOAD_MODEL, OUTER_STEP, RECEIVE_UPDATE, Operation
+from hypha.tracing.operations import (
+    BROADCAST,
+    CHECKPOINT,
+    EXPORT,
+    LOAD_MODEL,
+    OUTER_STEP,
+    RECEIVE_UPDATE,
+    Operation,
+)
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -66,17 +75,20 @@ class ParameterServer:
     """One aggregation job, from its model to ``Finish``."""
 
     def __init__(self, bridge: BridgeClient, job: AggregateJob, traces: Traces) -> None:
+        """Directives are received from now on."""
         self._bridge = bridge
         self._job = job
         self._traces = traces
         #: of the job's current generation
         self._generation = job.generation
-        self._inputs: queue.SimpleQueue[Directive | ReceivedFile | Exception] = queue.SimpleQueue()
+        self._changed = bridge.threads.condition()
+        self._inputs: deque[Directive | ReceivedFile | Exception] = deque()
         self._members: Members | None = None
         #: updates that came before it was said who takes part, or for how many samples they may stand
         self._early: list[ReceivedFile] = []
-        self._broadcasts = Broadcasts(bridge, self._ended, lambda round_: self._span(BROADCAST, round_))
-        self._archive = Archive(bridge, job, traces, self._span, self._ended)
+        self._broadcasts = WorkQueue(bridge.threads, "theta", self.put, at_once=8)
+        self._links = 0
+        self._archive = Archive(bridge, job, self.put)
         #: what was reported of the updates of the open round, by worker; and of the round before it, which
         #: ends with its RoundApplied
         self._received: dict[str, UpdateReceived] = {}
@@ -86,32 +98,34 @@ class ParameterServer:
         #: done with, to be written over
         self._updates = ReusedFiles(bridge.directory / "incoming" / ".spare")
         self._thetas = ReusedFiles(bridge.directory / "outgoing" / ".spare", limit=1)
+        bridge.failed = self.put
+        bridge.directives(self.put)
 
     def put(self, item: Directive | ReceivedFile | Exception) -> None:
         """Something to handle, from any thread."""
-        self._inputs.put(item)
+        with self._changed:
+            self._inputs.append(item)
+            self._changed.notify_all()
 
-    def run(self) -> None:
+    async def run(self) -> None:
         """Serve until ``Finish``. Raises what makes going on impossible."""
-        self._bridge.directives(self.put)
         with self._traces.in_dispatch(LOAD_MODEL):
-            self._load()
+            await self._load()
         self._bridge.receive(("update",), self.put)
         count = sum(value.numel() for value in self._theta.parameters.values())
         logger.info("Holding theta of round %d: %d parameters.", self.round, count)
         self._ready()
-        while not isinstance(item := self._next(), Finish):
+        while not isinstance(item := await self._next(), Finish):
             if isinstance(item, Exception):
                 raise item
-            self._handle(item)
-        self._archive.finish()
+            await self._handle(item)
+        await self._archive.finish()
 
-    def _next(self) -> Directive | ReceivedFile | Exception:
-        while True:
-            try:
-                return self._inputs.get(timeout=ALIVE_S)
-            except queue.Empty:
+    async def _next(self) -> Directive | ReceivedFile | Exception:
+        with self._changed:
+            while not await self._changed.wait_for(lambda: bool(self._inputs), ALIVE_S):
                 self._bridge.report(Alive())
+            return self._inputs.popleft()
 
     def _ready(self) -> None:
         count = sum(value.numel() for value in self._theta.parameters.values())
@@ -149,7 +163,7 @@ class ParameterServer:
     def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
         return self._traces.in_round(operation, self._generation, round_)
 
-    def _handle(self, item: Directive | ReceivedFile) -> None:
+    async def _handle(self, item: Directive | ReceivedFile) -> None:
         match item:
             case ReceivedFile():
                 self._update_arrived(item)
@@ -165,8 +179,8 @@ class ParameterServer:
             case SaveCheckpoint():
                 self._checkpoint()
             case Export():
-                self._archive.export(
-                    self.round, item.to, lambda directory: self._files.export(self._theta, directory)
+                await self._archive.export(
+                    self.round, self._files, self._theta, item.to, self._traces.in_dispatch(EXPORT)
                 )
             case Rejoin():
                 self._rejoin(item)
@@ -175,17 +189,16 @@ class ParameterServer:
 
     # --- the model ----------------------------------------------------------------------------------
 
-    def _load(self) -> None:
+    async def _load(self) -> None:
         job = self._job
-        self._files = ModelFiles(self._bridge, job, self._archive.finishing)
+        self._files = ModelFiles(self._bridge, self._job, self._archive.finished_within, self.put)
         momentum: dict[str, Tensor] = {}
         if job.restore is None:
-            self._theta = theta_of(self._files.build())
+            self._theta = await self._files.first_theta()
         else:
             # a checkpoint says what theta looks like; importing and building a model takes longer than all
             # the rest, and everybody waits
-            self._files.when_fetched(self._ended)
-            self._theta, momentum = self._restored(job.restore)
+            self._theta, momentum = await self._restored(job.restore)
         # one set of threads, ours: chunks are handed to them without barriers
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -196,10 +209,10 @@ class ParameterServer:
         self._hashes = tensors.write(self._theta_path(), self._theta.all(), beside=self._beside)
         _give_memory_back()
 
-    def _restored(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
+    async def _restored(self, reference: Reference) -> tuple[Theta, dict[str, Tensor]]:
         """Theta and momentum of a checkpoint, if all of it is there and is what was saved."""
         try:
-            fetched = self._bridge.patiently(lambda: self._bridge.fetch(reference))
+            fetched = await self._bridge.patiently(self._bridge.fetch(reference))
         except Refused as exc:
             if exc.code != "not-found":
                 raise
@@ -217,35 +230,31 @@ class ParameterServer:
 
     def _update_arrived(self, file: ReceivedFile) -> None:
         round = file.meta.stamp.round if file.meta.stamp is not None else -1
+        path = self._bridge.directory / file.path
         with self._span(RECEIVE_UPDATE, round) as receiving:
             receiving.set_attributes({"hypha.peer": file.from_peer, "hypha.transfer.bytes": file.size})
-            self._receive_update(file, round)
-
-    def _receive_update(self, file: ReceivedFile, round: int) -> None:
-        path = self._bridge.directory / file.path
-        try:
-            if not admit(file, self._job, self.round, self._members):
-                self._wait_for_members(file)
-                return
-            contribution = contribution_in(path)
-            check_contribution(file, contribution, self._job, self._members)
-            norm = self._outer.add(file.from_peer, contribution.samples, path)
-        except (Refused, DataError) as exc:
-            code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
-            # it may quote the file, which is the worker's
-            reason = cleaned(reason, MAX_REASON)
-            logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
-            self._bridge.report(UpdateRefused(round=round, worker=file.from_peer, code=code, reason=reason))
-        else:
-            logger.info(
-                "Added the update of %s (%d samples, norm %g).", file.from_peer, contribution.samples, norm
-            )
-            received = UpdateReceived(
-                round=round, worker=file.from_peer, samples=contribution.samples, contribution=contribution
-            )
-            self._received[file.from_peer] = received
-            self._bridge.report(received)
-        self._updates.give(path)
+            try:
+                if not admit(file, self._job, self.round, self._members):
+                    self._wait_for_members(file)
+                    return
+                contribution = contribution_in(path)
+                check_contribution(file, contribution, self._job, self._members)
+                norm = self._outer.add(file.from_peer, contribution.samples, path)
+            except (Refused, DataError) as exc:
+                code, reason = (exc.code, exc.reason) if isinstance(exc, Refused) else ("invalid", str(exc))
+                # it may quote the file, which is the worker's
+                reason = cleaned(reason, MAX_REASON)
+                logger.warning("The update of %s for round %d is refused: %s", file.from_peer, round, reason)
+                refused = UpdateRefused(round=round, worker=file.from_peer, code=code, reason=reason)
+                self._bridge.report(refused)
+            else:
+                samples = contribution.samples
+                logger.info("Added the update of %s (%d samples, norm %g).", file.from_peer, samples, norm)
+                received = self._received[file.from_peer] = UpdateReceived(
+                    round=round, worker=file.from_peer, samples=samples, contribution=contribution
+                )
+                self._bridge.report(received)
+            self._updates.give(path)
 
     def _wait_for_members(self, file: ReceivedFile) -> None:
         """One update of each worker: a later one takes the place of an earlier."""
@@ -301,14 +310,42 @@ class ParameterServer:
         self._bridge.report(applied)
         return checkpoint, old
 
-    def _send_theta(self, receivers: Iterable[PeerRef], attempt: int = 0) -> None:
-        self._broadcasts.send(
-            self._theta_path(), tuple(receivers), self.round, self._contributors, self._hashes, attempt
+    def _send_theta(self, receivers: tuple[PeerRef, ...], attempt: int = 0) -> None:
+        """In the background, from a link to its file, whose own name may be taken away at once."""
+        if not receivers:
+            return
+        path, round_ = self._theta_path(), self.round
+        self._links += 1
+        link = path.parent / f"{self._links}" / path.name
+        link.parent.mkdir(parents=True)
+        os.link(path, link)
+        call = SendCall(
+            resource=Peers(peers=receivers, strategy="all", resource="theta"),
+            path=self._bridge.relative(link),
+            round=round_,
+            contributors=self._contributors,
+            blake3=self._hashes.blake3,
+            attempt=attempt,
+            xxh3=self._hashes.xxh3,
         )
+        span = self._span(BROADCAST, round_)
 
-    def _ended(self, future: Future[Any]) -> None:
-        if (error := future.exception()) is not None:
-            self.put(error if isinstance(error, Exception) else RuntimeError(str(error)))
+        async def broadcast() -> None:
+            # the worker has tried long enough when it reports a failure: whoever still takes part is missed
+            # by the scheduler, which says ``SendModel``, or gives it up
+            try:
+                with span:
+                    sent = await self._bridge.send(call)
+                for delivery in sent.deliveries:
+                    if not delivery.acknowledged:
+                        text = f"{delivery.detail} ({delivery.error})"
+                        logger.warning("Theta of round %d did not reach %s: %s", round_, delivery.peer, text)
+            except (Refused, PeerUnreachable) as exc:
+                logger.warning("Theta of round %d reached nobody: %s", round_, exc)
+            finally:
+                shutil.rmtree(link.parent, ignore_errors=True)
+
+        self._broadcasts.put(broadcast)
 
     def _checkpoint(self) -> None:
         # it belongs to the round that was applied; the last one has none after it
@@ -322,7 +359,9 @@ class ParameterServer:
             momentum="",
             contributors=self._contributors,
         )
-        self._archive.checkpoint(state, self._theta_path(), self._outer.momentum_or_zeros, within)
+        self._archive.checkpoint(
+            state, self._theta_path(), self._outer.momentum_or_zeros, self._span(CHECKPOINT, within)
+        )
 
 
 def _give_memory_back() -> None:
@@ -336,13 +375,11 @@ def _give_memory_back() -> None:
 def main(arguments: list[str]) -> int:
     """Entry point."""
 
-    def work(bridge: BridgeClient) -> None:
+    async def work(bridge: BridgeClient) -> None:
         job = bridge.job()
         if not isinstance(job, AggregateJob):
             raise ModelError(f"a parameter server cannot do a job of type {type(job).__name__}")
-        server = ParameterServer(bridge, job, begin_traces(bridge, job))
-        bridge.failed = server.put
-        server.run()
+        await ParameterServer(bridge, job, begin_traces(bridge, job)).run()
 
     return run_executor(Path(arguments[0]), work)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +23,11 @@ from hypha.decoding import decode_json
 from hypha.errors import DataError, HyphaError, Undecodable
 from hypha.executor.files import tensors, updates
 from hypha.executor.files.theta import Theta, theta_of
-from hypha.executor.inner.loop import Inner, accelerator_for, round_seed
+from hypha.executor.inner.local_model import LocalModel
+from hypha.executor.inner.loop import Inner, round_seed
 from hypha.executor.inner.slices_reader import RowStream, Slice, read_columns, slice_order
 from hypha.executor.models import loading as models
-from hypha.executor.models.forward import Forward
-from hypha.executor.models.model_tensors import ModelTensors
-from hypha.executor.models.preprocessing import Padding, Preprocessor, padding_of
+from hypha.executor.models.preprocessing import Preprocessor, padding_of
 from hypha.executor.outer.step import OuterStep
 from hypha.messages import Contribution, LedgerFile
 
@@ -45,55 +44,77 @@ class Replayed:
 
 
 class Replay:
-    """A job being run again. ``scratch`` takes files that are of no use afterwards."""
+    """A job being run again, from ``theta`` of its beginning, with the ``local`` model of all its workers.
+    ``scratch`` takes files that are of no use afterwards.
+    """
 
-    def __init__(self, ledger: LedgerFile, data_dir: Path, model_dir: Path | None, scratch: Path) -> None:
+    def __init__(
+        self,
+        ledger: LedgerFile,
+        data_dir: Path,
+        scratch: Path,
+        theta: Theta,
+        local: LocalModel,
+        preprocess: Preprocessor | None = None,
+    ) -> None:
         self._ledger = ledger
         self._data_dir = data_dir
         self._scratch = scratch
-        job = ledger.job
-        self._job = job
-        self._preprocess = (
-            None
-            if job.preprocessor is None or model_dir is None
-            else Preprocessor(job.preprocessor, model_dir)
-        )
-        self.theta = theta_of(models.build(ledger.aggregate.model, model_dir).requires_grad_(False))
-        self._accelerator = accelerator_for(job)
-        model = models.build(job.model, model_dir, weights=False)
-        padding = padding_of(None, config=getattr(model, "config", None))
-        self._padding = padding if self._preprocess is None else self._preprocess.padding
-        self._forward = Forward(model, job.model)
-        self._model = self._accelerator.prepare(model)
-        self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
+        self._job = ledger.job
+        self._preprocess = preprocess
+        self.theta = theta
+        self._local = local
+        self._padding = padding_of(None, config=local.config) if preprocess is None else preprocess.padding
         self._optimizers: dict[tuple[str, int], Inner] = {}
         self._columns: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def run(self) -> Iterator[str]:
-        """The hash of theta before the first round, then after each."""
-        return replayed_rounds(self._ledger, self.theta, self._scratch, self._train)
+        """The hash of theta before the first round, then after each. Raises :class:`DataError` when the
+        ledger contradicts itself.
+        """
+        outer = OuterStep(self.theta, self._ledger.aggregate)
+        whole, update = self._scratch / "theta.safetensors", self._scratch / "update.safetensors"
+        yield tensors.write(whole, self.theta.all()).blake3
+        for entry in self._ledger.rounds:
+            if entry.discarded:
+                continue
+            # what each update was multiplied by
+            recorded = {one.worker: one for one in entry.updates}
+            for part in entry.contributors:
+                updates.write_update(update, self._train(part), self.theta, self._job.update_encoding)
+                outer.add(part.worker, part.samples, update, recorded.get(part.worker))
+            outer.apply()
+            yield tensors.write(whole, self.theta.all()).blake3
 
     def _train(self, part: Contribution) -> Theta:
-        """Train one worker's share of a round."""
-        self._tensors.theta().assign(self.theta)
-        inner = self._optimizers.get((part.incarnation, part.restarts))
-        if inner is None:
-            inner = Inner(self._model, self._forward, self._job, self._accelerator, part.steps)
-            self._optimizers[part.incarnation, part.restarts] = inner
-        inner.steps = part.steps
+        """The local model after one worker's share of a round."""
+        local, key = self._local, (part.incarnation, part.restarts)
+        local.theta().assign(self.theta)
+        if key in self._optimizers:
+            local.inner = self._optimizers[key]
+        else:
+            local.start_over(part.steps)
+            self._optimizers[key] = local.inner
+        local.inner.steps = part.steps
         torch.set_num_threads(part.threads)
         torch.manual_seed(round_seed(self._job.seed, part.worker, part.round))
-        stream = recorded_rows(part, self._slice, self._padding)
+        stream = RowStream(self._padding)
+        for piece in part.ranges:
+            found = self._slice(piece.epoch, piece.slice)
+            stream.push(replace(found, order=found.order[piece.start : piece.stop]))
+        what = f"round {part.round} of {part.worker} has"
+        if stream.rows != part.samples:
+            raise DataError(f"{what} {stream.rows} rows, not {part.samples}")
         batches = 0
         while stream.rows:
             columns = stream.take(min(part.batch_size, stream.rows))
             if columns is not None:
-                inner.batch(columns)
+                local.batch(columns)
                 batches += 1
         if batches != part.batches:
-            raise DataError(f"round {part.round} of {part.worker} has {batches} batches, not {part.batches}")
-        inner.flush()
-        return self._tensors.theta()
+            raise DataError(f"{what} {batches} batches, not {part.batches}")
+        local.flush()
+        return local.theta()
 
     def _slice(self, epoch: int, index: int) -> Slice:
         columns = self._columns.pop(index, None)
@@ -109,40 +130,6 @@ class Replay:
         return Slice(epoch, index, columns, order)
 
 
-def replayed_rounds(
-    ledger: LedgerFile, theta: Theta, scratch: Path, train: Callable[[Contribution], Theta]
-) -> Iterator[str]:
-    """The hash of ``theta`` before the first round, then after each, in which it changes as it did. ``train``
-    gives the local model of a contribution.
-    """
-    outer = OuterStep(theta, ledger.aggregate)
-    whole, update = scratch / "theta.safetensors", scratch / "update.safetensors"
-    yield tensors.write(whole, theta.all()).blake3
-    for entry in ledger.rounds:
-        if entry.discarded:
-            continue
-        # what each update was multiplied by
-        recorded = {one.worker: one for one in entry.updates}
-        for part in entry.contributors:
-            updates.write_update(update, train(part), theta, ledger.job.update_encoding)
-            outer.add(part.worker, part.samples, update, recorded.get(part.worker))
-        outer.apply()
-        yield tensors.write(whole, theta.all()).blake3
-
-
-def recorded_rows(
-    part: Contribution, slice_of: Callable[[int, int], Slice], padding: Padding | None = None
-) -> RowStream:
-    """``slice_of`` gives a slice by epoch and index. Raises :class:`DataError` where rows are lacking."""
-    stream = RowStream(padding)
-    for piece in part.ranges:
-        found = slice_of(piece.epoch, piece.slice)
-        stream.push(replace(found, order=found.order[piece.start : piece.stop]))
-    if stream.rows != part.samples:
-        raise DataError(f"round {part.round} of {part.worker} has {stream.rows} rows, not {part.samples}")
-    return stream
-
-
 def replay(ledger: LedgerFile | Path, data_dir: Path, model_dir: Path | None = None) -> Replayed:
     """Run the job of ``ledger`` again. ``data_dir`` holds the dataset's slices, ``model_dir`` the model's
     files (none for a model built by an entrypoint without weights).
@@ -152,7 +139,12 @@ def replay(ledger: LedgerFile | Path, data_dir: Path, model_dir: Path | None = N
     if isinstance(ledger, Path):
         ledger = read_ledger(ledger)
     with tempfile.TemporaryDirectory(prefix="hypha-replay-") as scratch:
-        again = Replay(ledger, data_dir, model_dir, Path(scratch))
+        job, preprocess = ledger.job, None
+        if job.preprocessor is not None and model_dir is not None:
+            preprocess = Preprocessor(job.preprocessor, model_dir)
+        theta = theta_of(models.build(ledger.aggregate.model, model_dir).requires_grad_(False))
+        local = LocalModel(job, model_dir, keeps_base=False)
+        again = Replay(ledger, data_dir, Path(scratch), theta, local, preprocess)
         hashes = list(again.run())
         return Replayed(again.theta.copy().all(), hashes)
 

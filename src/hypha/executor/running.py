@@ -6,9 +6,9 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from opentelemetry import trace
 
@@ -24,6 +24,7 @@ from hypha.errors import (
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.bridge.spans import SpanRecorder, Traces
 from hypha.executor.inner.batch_size import is_out_of_memory
+from hypha.executor.threads import finish
 from hypha.files.disks import is_disk_full
 from hypha.messages import ExecutorError, Job
 
@@ -45,7 +46,7 @@ _KINDS = (
 )
 
 
-def run_executor(socket: Path, work: Callable[[BridgeClient], None]) -> int:
+def run_executor(socket: Path, work: Callable[[BridgeClient], Coroutine[Any, Any, None]]) -> int:
     """Run ``work`` in the current directory, the job's; the exit code. What it raises is logged, and reported
     to the scheduler.
     """
@@ -53,7 +54,7 @@ def run_executor(socket: Path, work: Callable[[BridgeClient], None]) -> int:
     bridge = BridgeClient(socket.absolute(), Path.cwd())
     code = 0
     try:
-        work(bridge)
+        finish(work(bridge))
     except Exception as exc:
         logger.exception("The executor cannot go on.")
         bridge.report(last_words(exc))

@@ -1,126 +1,35 @@
-"""A model of eight numbers, for simulated worlds: trained without transformers, accelerate or a process, but
-by the real streams of rows, update files and outer step, so that its ledger can be replayed bit by bit.
+"""A model of eight numbers, for simulated worlds, in which everything else is as in real executors.
 
-The "network" is one vector ``w`` that is pulled towards targets made from each row's number; its buffer
-counts rows. The inner optimizer is gradient descent with momentum, and its rate falls with the step: theta is
-wrong at once when steps, rows or an optimizer's life are.
+It is one vector ``w`` that is pulled towards targets made from each row's number; its buffer counts rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
-from torch import Tensor
-
-from hypha.errors import DataError
-from hypha.executor.files import tensors
-from hypha.executor.files.tensors import Digests
-from hypha.executor.files.theta import Theta
-from hypha.executor.inner.slices_reader import Slice, read_columns, slice_order
-from hypha.executor.replay import recorded_rows, replayed_rounds
-from hypha.messages import Contribution, LedgerFile
+from torch import Tensor, nn
 
 SIZE = 8
-#: the dataset's only column: the number of each row
+#: the dataset's only column, and the argument of the model: the number of each row
 COLUMN = "row"
-_RATE, _MOMENTUM, _DECAY = 0.1, 0.5, 0.01
 
 
-def toy_theta(seed: int = 0) -> Theta:
-    """Theta of round 0."""
-    generator = torch.Generator().manual_seed(seed)
-    return Theta({"w": torch.randn(SIZE, generator=generator)}, {"rows": torch.zeros(1)})
+class ToyModel(nn.Module):
+    """The same whenever it is built."""
+
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(SIZE, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("rows", torch.zeros(1))
+
+    def forward(self, row: Tensor) -> dict[str, Tensor]:
+        """``row``: (rows,); the loss is a scalar."""
+        self.rows += len(row)
+        targets = torch.sin(row.to(torch.float32)[:, None] * torch.arange(1, SIZE + 1))
+        return {"loss": (self.w - targets).mean(0).square().sum()}
 
 
 def one_thread_only() -> None:
     """So small a model is not worth another thread."""
     torch.set_num_threads(1)
-
-
-def toy_slice(path: Path, epoch: int, index: int, seed: int, asked: tuple[int, int, int]) -> Slice:
-    """A slice from its file. Raises :class:`SliceCorrupt`."""
-    columns = read_columns(path)
-    return Slice(epoch, index, columns, slice_order(seed, epoch, index, len(columns[COLUMN])), asked)
-
-
-class ToyInner:
-    """One life of an inner optimizer on ``local``, at ``steps``."""
-
-    def __init__(self, local: Theta, steps: int) -> None:
-        self._w = local.parameters["w"]
-        self._rows = local.buffers["rows"]
-        self._velocity = torch.zeros(SIZE)
-        self.steps = steps
-
-    def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
-        """One step; the loss before it."""
-        rows = columns[COLUMN].to(torch.float32)
-        targets = torch.sin(rows[:, None] * torch.arange(1, SIZE + 1))
-        gradient = (self._w - targets).mean(0)
-        loss = (gradient * gradient).sum()
-        self._velocity.mul_(_MOMENTUM).add_(gradient)
-        self._w.sub_(self._velocity, alpha=_RATE / (1.0 + _DECAY * self.steps))
-        self._rows.add_(len(rows))
-        self.steps += 1
-        return loss
-
-
-class ToyModel:
-    """Of a :class:`~hypha.executor.inner.local_model.LocalModel` the part that a simulated trainer uses."""
-
-    learning_rate = 0.0
-
-    def __init__(self, steps: int) -> None:
-        self.base = toy_theta()
-        self.local = self.base.copy()
-        self.start_over(steps)
-
-    @property
-    def steps(self) -> int:
-        return self._inner.steps
-
-    def start_over(self, steps: int) -> None:
-        self._inner = ToyInner(self.local, steps)
-
-    def load(self, path: Path) -> Digests:
-        return tensors.read(path, self.base.all(), self.local.all(), quick=True)
-
-    def start_round(self, round: int) -> None:
-        """Nothing in it is random."""
-
-    def batch(self, columns: dict[str, Tensor]) -> Tensor:
-        return self._inner.batch(columns)
-
-
-def replay_toy(ledger: LedgerFile, data: Path, scratch: Path) -> list[str]:
-    """The hashes of theta before the first round and after each, computed again from the ledger.
-
-    Raises :class:`DataError` when the ledger contradicts itself.
-    """
-    theta = toy_theta()
-    optimizers: dict[tuple[str, int], tuple[Theta, ToyInner]] = {}
-
-    def slice_of(epoch: int, index: int) -> Slice:
-        return toy_slice(data / ledger.manifest.slices[index].file, epoch, index, ledger.job.seed, (0, 0, 0))
-
-    def train(part: Contribution) -> Theta:
-        key = (part.incarnation, part.restarts)
-        if key not in optimizers:
-            local = theta.copy()
-            optimizers[key] = (local, ToyInner(local, part.steps))
-        local, inner = optimizers[key]
-        local.assign(theta)
-        if inner.steps != part.steps:
-            raise DataError(
-                f"round {part.round} of {part.worker} begins at step {part.steps}, not {inner.steps}"
-            )
-        if part.samples != part.batches * part.batch_size:
-            raise DataError(f"round {part.round} of {part.worker} has no {part.batches} whole batches")
-        stream = recorded_rows(part, slice_of)
-        while (columns := stream.take(part.batch_size)) is not None:
-            inner.batch(columns)
-        return local
-
-    return list(replayed_rounds(ledger, theta, scratch, train))

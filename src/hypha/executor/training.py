@@ -13,9 +13,9 @@ many seconds: a machine plays a slower one, or several on the same machine do no
 from __future__ import annotations
 
 import logging
-import math
 import sys
-import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,41 +23,51 @@ import torch
 
 from hypha.config.environment import variable
 from hypha.errors import DataError, ModelError, PeerUnreachable
-from hypha.executor.bridge.client import BridgeClient
+from hypha.executor.bridge.client import ALIVE_S, BridgeClient
 from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import updates
 from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.inner.batch_size import BatchSize
 from hypha.executor.inner.handover import TrainerInbox, UpdateSender, UpdateToSend, turn_of
 from hypha.executor.inner.local_model import LocalModel
+from hypha.executor.inner.loop import least_step_s
 from hypha.executor.inner.process_group import ProcessGroup, number_of_processes
 from hypha.executor.inner.round_counts import RoundCounts
-from hypha.executor.inner.slices_reader import JobSlices, RowStream, SliceReadAhead
+from hypha.executor.inner.slices_reader import RowStream, SliceReadAhead
 from hypha.executor.models.model_files import fetched
 from hypha.executor.models.model_tensors import check_buffers, check_same_model
 from hypha.executor.models.preprocessing import Preprocessor, padding_of
 from hypha.executor.running import begin_traces, leave, run_executor
-from hypha.messages import Alive, Loaded, ReceivedFile, Reference, RoundStarted, TrainJob
+from hypha.messages import (
+    Alive,
+    Contribution,
+    Loaded,
+    Progress,
+    ReceivedFile,
+    Reference,
+    RoundStarted,
+    TrainJob,
+)
 from hypha.tracing.operations import LOAD_MODEL, LOAD_WEIGHTS, SEND_UPDATE, TRAIN
 
 logger = logging.getLogger("hypha.executor.training")
 
 
 class Trainer:
-    """One training job, from its model to ``Finish``."""
+    """One training job, from its model to ``Finish``; of an executor of several processes, with its
+    ``group``.
+    """
 
     def __init__(
-        self,
-        bridge: BridgeClient,
-        job: TrainJob,
-        inbox: TrainerInbox,
-        traces: Traces,
-        group: ProcessGroup | None = None,
+        self, bridge: BridgeClient, job: TrainJob, traces: Traces, group: ProcessGroup | None = None
     ) -> None:
+        """Directives are received from now on."""
         self._bridge = bridge
         self._job = job
         self._traces = traces
-        self._inbox = inbox
+        self._group = group
+        self._threads = bridge.threads
+        self._inbox = TrainerInbox(self._threads, job.parameter_server, job.generation)
         self._incarnation = bridge.directory.name
         #: the open round, which attempt at it, and the generation of the job in which its theta came
         self._round, self._attempt, self._generation = -1, 0, job.generation
@@ -71,43 +81,51 @@ class Trainer:
         self._steps_there = job.steps
         self._sender: UpdateSender | None = None
         self._reused = ReusedFiles(bridge.directory / "incoming" / ".spare")
-        self._step_s = least_step_s(variable("HYPHA_STEP_S"))
-        bridge.receive(("theta",), self._theta_arrived)
+        bridge.failed = self._inbox.fail
+        bridge.directives(self._inbox.direct)
 
-        source = None if job.model.source is None else self._fetched(job.model.source)
-        preprocess: Preprocessor | None = None
-        if job.preprocessor is not None:
-            preprocess = Preprocessor(job.preprocessor, self._fetched(job.preprocessor.source))
-        if group is None:
-            self._model = LocalModel(job, source)
-        else:
-            # what it imports few executors need
-            from hypha.executor.inner.spread_model import SpreadModel
-
-            self._model = SpreadModel(group, job, source)
-        padding = padding_of(None, config=self._model.config)
-        self._stream = RowStream(padding if preprocess is None else preprocess.padding)
-        self._job_slices = JobSlices(bridge, job, preprocess)
-        self._slices = SliceReadAhead(self._job_slices.next, inbox.touch)
-
-    def _fetched(self, reference: Reference) -> Path:
-        try:
-            return self._bridge.patiently(lambda: fetched(self._bridge, reference))
-        except PeerUnreachable as exc:
-            raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
-
-    def run(self) -> None:
+    async def run(self) -> None:
         """Train until ``Finish``. Raises what makes going on impossible."""
+        with self._traces.in_dispatch(LOAD_MODEL):
+            await self._load()
+        self._bridge.receive(("theta",), self._theta_arrived)
         self._bridge.report(Loaded(incarnation=self._incarnation))
         self._slices.start()
         try:
-            while (theta := self._wait_for_theta()) is not None:
+            while (theta := await self._wait_for_theta()) is not None:
                 self._adopt(theta)
-                self._train_round()
+                if await self._train_to_sync_point():
+                    self._synchronise()
             self._model.end()
         finally:
             if self._sender is not None:
                 self._sender.stop()
+
+    async def _load(self) -> None:
+        job, preprocess = self._job, None
+        source = None if job.model.source is None else await self._fetched(job.model.source)
+        if job.preprocessor is not None:
+            preprocess = Preprocessor(job.preprocessor, await self._fetched(job.preprocessor.source))
+        self._model = self._build(source)
+        padding = padding_of(None, config=self._model.config)
+        self._stream = RowStream(padding if preprocess is None else preprocess.padding)
+        self._slices = SliceReadAhead(self._bridge, job, preprocess, self._inbox.changed)
+        least = least_step_s(variable("HYPHA_STEP_S"))
+        self._step_s: Callable[[], float] = lambda: least
+
+    def _build(self, source: Path | None) -> LocalModel:
+        if self._group is None:
+            return LocalModel(self._job, source)
+        # what it imports few executors need
+        from hypha.executor.inner.spread_model import SpreadModel
+
+        return SpreadModel(self._group, self._job, source)
+
+    async def _fetched(self, reference: Reference) -> Path:
+        try:
+            return await self._bridge.patiently(fetched(self._bridge, reference))
+        except PeerUnreachable as exc:
+            raise ModelError(f"the model's files cannot be fetched: {exc}") from exc
 
     # --- theta --------------------------------------------------------------------------------------
 
@@ -117,12 +135,13 @@ class Trainer:
         if superseded is not None:
             (self._bridge.directory / superseded.path).unlink(missing_ok=True)
 
-    def _wait_for_theta(self) -> ReceivedFile | None:
+    async def _wait_for_theta(self) -> ReceivedFile | None:
         """The next theta to train on; None when the job is finished."""
         inbox = self._inbox
         while True:
             with inbox.changed:
-                inbox.wait_for(lambda: self._interrupted() or inbox.rejoin is not None, self._alive)
+                while not await inbox.changed.wait_for(self._news, ALIVE_S):
+                    self._bridge.report(Alive())
                 if inbox.failure is not None:
                     raise inbox.failure
                 if inbox.finished:
@@ -135,6 +154,9 @@ class Trainer:
     def _interrupted(self) -> bool:
         inbox = self._inbox
         return inbox.finished or inbox.theta is not None or inbox.failure is not None
+
+    def _news(self) -> bool:
+        return self._interrupted() or self._inbox.rejoin is not None
 
     def _rejoin(self) -> None:
         """Do what the scheduler has said about another generation of the job, if it has (the inbox is
@@ -183,34 +205,31 @@ class Trainer:
 
     def _adopt(self, file: ReceivedFile) -> None:
         """Start the round of ``file``."""
-        at = turn_of(file)
-        with self._traces.in_round(LOAD_WEIGHTS, at[0], at[1]) as loading:
+        at = generation, round, _ = turn_of(file)
+        with self._traces.in_round(LOAD_WEIGHTS, generation, round) as loading:
             loading.set_attribute("hypha.transfer.bytes", file.size)
-            self._load_weights(file, at)
-
-    def _load_weights(self, file: ReceivedFile, at: tuple[int, int, int]) -> None:
-        _, round, attempt = at
-        path = self._bridge.directory / file.path
-        if not self._hash:
-            check_same_model(path, self._model.base)
-        found = self._model.load(path)
-        if found.xxh3 != file.meta.xxh3:
-            raise DataError(f"theta in {path.name} is not what was sent; the worker's disk may be failing")
-        self._reused.give(path)
-        sender, self._sender = self._sender, None
-        if sender is not None:
-            sender.stop()
-        continued = round == self._round + 1 and not self._lost
-        in_it = sender is not None and continued and self._job.me in file.meta.contributors
-        if self._round >= 0 and not in_it:
-            self._start_over(at)
-        self._generation, self._round, self._attempt = at
-        self._hash, self._lost = file.meta.blake3, False
-        self._stream.start_round()
-        rows, steps = self._batch_size.rows, self._model.steps
-        self._done = RoundCounts(round, attempt, rows, steps, time.monotonic())
-        self._model.start_round(round)
-        self._started()
+            path = self._bridge.directory / file.path
+            if not self._hash:
+                check_same_model(path, self._model.base)
+            found = self._model.load(path)
+            if found.xxh3 != file.meta.xxh3:
+                raise DataError(
+                    f"theta in {path.name} is not what was sent; the worker's disk may be failing"
+                )
+            self._reused.give(path)
+            sender, self._sender = self._sender, None
+            if sender is not None:
+                sender.stop()
+            continued = round == self._round + 1 and not self._lost
+            in_it = sender is not None and continued and self._job.me in file.meta.contributors
+            if self._round >= 0 and not in_it:
+                self._start_over(at)
+            self._generation, self._round, self._attempt = at
+            self._hash, self._lost = file.meta.blake3, False
+            self._stream.start_round()
+            self._done = RoundCounts(self._batch_size.rows, self._model.inner.steps, self._threads.now())
+            self._model.start_round(round)
+            self._started()
 
     def _started(self) -> None:
         grown = self._done.rows if self._job.most_batch_size is not None else None
@@ -244,25 +263,17 @@ class Trainer:
 
     # --- a round ------------------------------------------------------------------------------------
 
-    def _train_round(self) -> None:
-        """Train to the sync point and hand the update over; returns early when the round is overtaken."""
+    async def _train_to_sync_point(self) -> bool:
+        """False when the round was overtaken."""
         with self._traces.in_round(TRAIN, self._generation, self._round) as train:
-            reached = self._train_to_sync_point()
+            while not (reached := self._at_sync_point()) and not self._overtaken():
+                columns = await self._next_batch()
+                if columns is not None:
+                    await self._train(columns)
             train.set_attributes({"hypha.batches": self._done.batches, "hypha.samples": self._done.samples})
             if not reached:
                 train.add_event("overtaken")
-        if reached:
-            self._synchronise()
-
-    def _train_to_sync_point(self) -> bool:
-        """False when the round was overtaken."""
-        while not self._at_sync_point():
-            if self._overtaken():
-                return False
-            columns = self._next_batch()
-            if columns is not None:
-                self._train(columns)
-        return True
+        return reached
 
     def _at_sync_point(self) -> bool:
         plan = self._inbox.plan
@@ -271,7 +282,7 @@ class Trainer:
         # a plan for nothing still needs a batch: an update of no samples has no weight
         return self._done.batches >= max(1, plan.batches)
 
-    def _next_batch(self) -> dict[str, torch.Tensor] | None:
+    async def _next_batch(self) -> dict[str, torch.Tensor] | None:
         """None when something happened while the trainer waited for data: it has to look around first."""
         while (columns := self._stream.take(self._done.rows)) is None:
             part = self._slices.take()
@@ -280,81 +291,82 @@ class Trainer:
                 continue
             self._tell_all()
             with self._inbox.changed:
-                self._inbox.wait_for(
-                    lambda: (
-                        self._slices.ready
-                        or self._interrupted()
-                        or self._inbox.rejoin is not None
-                        or self._at_sync_point()
-                    ),
-                    self._alive_without_data,
-                )
+                while not await self._inbox.changed.wait_for(self._look_around, ALIVE_S):
+                    # a preprocessor may hang as a batch may
+                    if self._slices.fetching:
+                        self._bridge.report(Alive())
             if not self._slices.ready:
                 return None
         return columns
 
-    def _alive(self) -> None:
-        self._bridge.report(Alive())
+    def _look_around(self) -> bool:
+        return self._slices.ready or self._news() or self._at_sync_point()
 
-    def _alive_without_data(self) -> None:
-        """It is the worker's turn only while a slice is fetched: a preprocessor may hang as a batch may."""
-        if self._job_slices.fetching:
-            self._alive()
-
-    def _train(self, columns: dict[str, torch.Tensor]) -> None:
-        started = time.perf_counter()
+    async def _train(self, columns: dict[str, torch.Tensor]) -> None:
+        now, done = self._threads.now, self._done
+        started = now()
         loss = self._model.batch(columns)
-        if self._step_s:
-            time.sleep(max(0.0, started + self._step_s - time.perf_counter()))
-        done = self._done
+        if step_s := self._step_s():
+            await self._threads.sleep(max(0.0, started + step_s - now()))
         done.add(loss, len(next(iter(columns.values()))))
-        due = done.losses.due(time.monotonic())
-        mean = done.losses.latest(time.monotonic()) if due else None
-        done.busy_s += time.perf_counter() - started
+        mean = done.losses.latest(now()) if done.losses.due(now()) else None
+        done.busy_s += now() - started
         if mean is not None:
             self._progress(mean)
 
     def _tell_all(self) -> None:
         """Report the batches that were not due to be reported: there may be no next one for a while."""
         if self._done.losses.waiting:
-            self._progress(self._done.losses.latest(time.monotonic()))
+            self._progress(self._done.losses.latest(self._threads.now()))
 
     def _progress(self, loss: float) -> None:
-        self._bridge.report(self._done.progress(loss, self._model.learning_rate))
+        """Report all of the round so far, with the mean ``loss`` of the batches since the last report."""
+        done = self._done
+        self._bridge.report(
+            Progress(
+                round=self._round,
+                batches=done.batches,
+                samples=done.samples,
+                busy_s=done.busy_s,
+                loss=loss,
+                learning_rate=self._model.inner.learning_rate,
+                attempt=self._attempt,
+            )
+        )
 
     def _synchronise(self) -> None:
         """Write the update and have it sent."""
         self._tell_all()
         self._model.flush()
         path = self._bridge.directory / "outgoing" / f"update-{self._round}-{self._restarts}.safetensors"
-        contribution = self._done.contribution(
-            self._job.me, self._incarnation, self._restarts, self._stream, torch.get_num_threads()
-        )
+        contribution = self._contribution()
         local, base = self._model.theta(), self._model.base
         check_buffers(local, base)
         xxh3 = updates.write_update(path, local, base, self._job.update_encoding, self._reused, contribution)
-        self._sender = UpdateSender(
-            self._bridge,
-            self._inbox,
-            UpdateToSend(path, xxh3, contribution),
-            self._reused,
-            partial(self._traces.in_round, SEND_UPDATE, self._generation, self._round),
-        )
-        self._sender.start()
-        self._batch_size.round_ended(self._done.batches, self._done.busy_s, self._model.fits)
+        sending = partial(self._traces.in_round, SEND_UPDATE, self._generation, self._round)
+        update = UpdateToSend(path, xxh3, contribution)
+        self._sender = UpdateSender(self._bridge, self._inbox, update, self._reused, sending)
+        fits = not self._model.inner.rows.limited
+        self._batch_size.round_ended(self._done.batches, self._done.busy_s, fits)
 
-
-def least_step_s(text: str | None) -> float:
-    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
-    try:
-        value = float(text or 0.0)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < math.inf:
-        raise ModelError(
-            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
+    def _contribution(self) -> Contribution:
+        """What the update of the round stands for."""
+        done = self._done
+        return Contribution(
+            round=self._round,
+            worker=self._job.me,
+            incarnation=self._incarnation,
+            restarts=self._restarts,
+            attempt=self._attempt,
+            samples=done.samples,
+            batches=done.batches,
+            batch_size=done.rows,
+            steps=done.first_steps,
+            ranges=tuple(self._stream.ranges),
+            finished=tuple(self._stream.finished),
+            loss=done.losses.mean(),
+            threads=torch.get_num_threads(),
         )
-    return value
 
 
 def main(arguments: list[str]) -> int:
@@ -365,19 +377,14 @@ def main(arguments: list[str]) -> int:
 
         return follow_rank_zero(group)
 
-    def work(bridge: BridgeClient) -> None:
+    async def work(bridge: BridgeClient) -> None:
         job = bridge.job()
         if not isinstance(job, TrainJob):
             raise ModelError(f"a training executor cannot do a job of type {type(job).__name__}")
-        inbox = TrainerInbox(job.parameter_server, job.generation)
-        bridge.failed = inbox.fail
-        bridge.directives(inbox.direct)
-        traces = begin_traces(bridge, job)
-        with traces.in_dispatch(LOAD_MODEL):
-            trainer = Trainer(bridge, job, inbox, traces, group)
-        trainer.run()
+        with nullcontext() if group is None else group.whole():
+            await Trainer(bridge, job, begin_traces(bridge, job), group).run()
 
-    return run_executor(Path(arguments[0]), work if group is None else group.with_others(work))
+    return run_executor(Path(arguments[0]), work)
 
 
 if __name__ == "__main__":

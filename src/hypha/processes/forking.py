@@ -14,8 +14,10 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from hypha.processes import keeper
 
@@ -41,6 +43,25 @@ def start_afresh(command: Sequence[str], module: str, arguments: Sequence[str]) 
     sys.argv = [str(sys.modules[module].__file__), *arguments]
     importlib.invalidate_caches()
     random.seed()
+
+
+def run_main(main: Callable[[], object]) -> NoReturn:
+    """End this fork as an interpreter would with that ``main``; nothing of the host's own code runs on."""
+    code = 1
+    try:
+        result = main()
+        code = result if isinstance(result, int) else 0
+    except SystemExit as exc:
+        if isinstance(exc.code, str):
+            print(exc.code, file=sys.stderr)
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except BaseException:  # noqa: BLE001 - it is told, and ends here
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):  # its disk is full
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def close_all_but(*kept: int) -> None:

@@ -9,12 +9,14 @@ from hypha.config.job import (
     DEFAULT_EXECUTOR,
     CheckpointConfig,
     DatasetRef,
+    InnerOptimizerConfig,
     JobConfig,
     JobResourcesConfig,
     ModelConfig,
     NeedsConfig,
     PriceConfig,
     RoundsConfig,
+    ScheduleConfig,
 )
 from hypha.config.models import (
     AllowConfig,
@@ -35,7 +37,7 @@ DATASET = "rows"
 JOB = "job"
 #: a file that tells a worker that its machine is taken away, and how often it looks for that
 NOTICE, _POLL_S = "notice", 0.5
-ENTRYPOINT = "hypha.executor.toy:toy_theta"
+ENTRYPOINT = "hypha.executor.toy:ToyModel"
 
 #: files that nobody reads here: nodes are given
 _IDENTITY = {"cert_pem": Path("cert.pem"), "key_pem": Path("key.pem"), "trust_pem": Path("trust.pem")}
@@ -101,6 +103,9 @@ def scheduler_config(
     job = JobConfig(
         name=JOB,
         model=ModelConfig(type="torch", entrypoint=ENTRYPOINT),
+        inner_optimizer=InnerOptimizerConfig(learning_rate=0.05),
+        # so that theta is wrong at once where steps are
+        schedule=ScheduleConfig(type="linear-with-warmup", training_steps=10_000),
         dataset=DatasetRef(dataset=DATASET, wait_s=None),
         rounds=RoundsConfig(
             update_rounds=wanted.rounds,

@@ -12,10 +12,16 @@ from pathlib import Path
 
 import msgspec
 import trio
+from safetensors.torch import load_file
 
 from hypha.errors import HyphaError
+from hypha.executor.files import tensors
+from hypha.executor.files.theta import theta_of
+from hypha.executor.inner.local_model import LocalModel
+from hypha.executor.inner.loop import Processor
 from hypha.executor.outer.archive import THETA
-from hypha.executor.toy import replay_toy
+from hypha.executor.replay import Replay
+from hypha.executor.toy import ToyModel
 from hypha.journal import JournalEntry
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
@@ -65,7 +71,9 @@ def _check_ledger(world: World, scheduler: str, result: JobResult) -> list[str]:
         found.append(f"a round of an older generation follows one of a newer: {generations}")
     with tempfile.TemporaryDirectory(prefix="hypha-replay-", dir=world.root) as scratch:
         try:
-            hashes = replay_toy(ledger, world.root / "dataset", Path(scratch))
+            theta = theta_of(ToyModel().requires_grad_(False))
+            local = LocalModel(ledger.job, None, Processor(), keeps_base=False)
+            hashes = list(Replay(ledger, world.root / "dataset", Path(scratch), theta, local).run())
         except HyphaError as exc:
             found.append(f"the ledger cannot be replayed: {exc}")
         else:
@@ -79,7 +87,8 @@ def _check_ledger(world: World, scheduler: str, result: JobResult) -> list[str]:
             if (wrong and not made_up) or len(hashes) != len(recorded):
                 found.append(f"theta of rounds {wrong} is not what a replay gives")
     model = Path(result.output) / "model.safetensors"
-    if not model.is_file() or hash_file(model)[1] != result.theta:
+    again = world.root / "published.safetensors"
+    if not model.is_file() or tensors.write(again, load_file(model)).blake3 != result.theta:
         found.append("the published model is not theta of the last round")
     return found + _check_samples(state / "job.db", entries)
 

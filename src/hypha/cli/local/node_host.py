@@ -21,7 +21,6 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +28,7 @@ from typing import Any, NoReturn
 import trio
 
 from hypha.config.environment import replace_environment, set_variable
-from hypha.processes.forking import close_all_but, start_afresh
+from hypha.processes.forking import close_all_but, run_main, start_afresh
 
 #: what may be forked: each has a ``main``
 COMPONENTS = ("hypha.cli.gateway", "hypha.cli.data", "hypha.cli.worker", "hypha.cli.scheduler")
@@ -55,22 +54,17 @@ class NodeForkServer:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
-        #: where the end of a node is told, by its PID
-        self._told: dict[int, socket.socket] = {}
-        woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        # without a handler it is ignored, and nothing is written to the descriptor
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        self._woken = woken
+        #: by the pidfd of a node its PID, and where its end is told
+        self._nodes: dict[int, tuple[int, socket.socket]] = {}
 
     def serve(self) -> None:
         """Until nobody can ask any more."""
         while True:
-            ready, _, _ = select.select([self._control.fileno(), self._woken], [], [])
-            if self._woken in ready:
-                os.read(self._woken, 4096)
-                self._tell()
-            if self._control.fileno() in ready:
+            ready, _, _ = select.select([self._control, *self._nodes], [], [])
+            for one in ready:
+                if one is not self._control:
+                    self._tell(one)
+                    continue
                 data, descriptors, _, _ = socket.recv_fds(self._control, MAX_REQUEST_BYTES, 2)
                 if not data:
                     return
@@ -85,28 +79,24 @@ class NodeForkServer:
             _become_node(request, output)
         signal.pthread_sigmask(signal.SIG_SETMASK, every)
         os.close(output)
-        self._told[pid] = told
         # opened here: only the parent knows that the number is still this process's
         descriptor = os.pidfd_open(pid)
+        self._nodes[descriptor] = pid, told
         with contextlib.suppress(OSError):
             socket.send_fds(told, [json.dumps({"pid": pid}).encode()], [descriptor])
-        os.close(descriptor)
 
-    def _tell(self) -> None:
-        while self._told:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == 0:
-                return
-            told = self._told.pop(pid)
-            with contextlib.suppress(OSError):  # who asked is gone
-                told.send(json.dumps({"status": status}).encode())
-            told.close()
+    def _tell(self, descriptor: int) -> None:
+        pid, told = self._nodes.pop(descriptor)
+        os.close(descriptor)
+        _, status = os.waitpid(pid, 0)
+        with told, contextlib.suppress(OSError):  # who asked is gone
+            told.send(json.dumps({"status": status}).encode())
 
 
 def _become_node(request: dict[str, Any], output: int) -> NoReturn:
     """In a fresh fork, whose signals are blocked."""
-    code = 1
-    try:
+
+    def main() -> object:
         os.setsid()
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -119,24 +109,10 @@ def _become_node(request: dict[str, Any], output: int) -> NoReturn:
         replace_environment(request["environment"])
         module, arguments = request["module"], request["arguments"]
         start_afresh([sys.executable, "-m", module, *arguments], module, arguments)
-        code = _run(module)
-    except BaseException:  # noqa: BLE001 - nothing of the host's own code may run on here
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):  # its disk is full
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _run(module: str) -> int:
-    try:
         sys.modules[module].main()
-    except SystemExit as exc:
-        if isinstance(exc.code, str):
-            print(exc.code, file=sys.stderr)
-        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-    return 0
+        return 0
+
+    run_main(main)
 
 
 def enter_namespace(descriptor: int) -> None:
@@ -157,36 +133,25 @@ class ForkedNode:
 
     def poll(self) -> int | None:
         """The exit code, or minus the number of the signal that ended it; ``None`` while it runs."""
-        if self.returncode is None and _readable(self._told.fileno()):
-            self._receive()
-        return self.returncode
-
-    def _receive(self) -> None:
-        reply = self._told.recv(_MAX_REPLY_BYTES)
-        if reply:
-            self.returncode = os.waitstatus_to_exitcode(json.loads(reply)["status"])
-        elif _readable(self._descriptor):
-            # the host has ended before it: how it ended nobody knows
-            self.returncode = -signal.SIGKILL
-        else:
-            return
-        for closing in (self._told.fileno(), self._descriptor):
+        if self.returncode is None and _readable(self._descriptor):
+            # the host reports it at once; where that has ended before, nobody knows how it ended
+            reply = self._told.recv(_MAX_REPLY_BYTES)
+            status = json.loads(reply)["status"] if reply else signal.SIGKILL
+            self.returncode = os.waitstatus_to_exitcode(status)
             # another task may wait for it
             with contextlib.suppress(RuntimeError):  # trio does not run
-                trio.lowlevel.notify_closing(closing)
-        self._told.close()
-        os.close(self._descriptor)
+                trio.lowlevel.notify_closing(self._descriptor)
+            self._told.close()
+            os.close(self._descriptor)
+        return self.returncode
 
     async def wait(self) -> int:
         """Until it has ended; as :meth:`poll`."""
-        while self.poll() is None:
-            # where the host has ended, nobody will report the end
-            descriptor = self._descriptor if _readable(self._told.fileno()) else self._told.fileno()
+        while (code := self.poll()) is None:
             with contextlib.suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(descriptor)
+                await trio.lowlevel.wait_readable(self._descriptor)
         await trio.lowlevel.checkpoint()
-        assert self.returncode is not None
-        return self.returncode
+        return code
 
     def send_signal(self, number: signal.Signals) -> None:
         """To it alone, if it still runs."""

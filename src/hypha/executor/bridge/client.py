@@ -18,11 +18,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from opentelemetry.trace import SpanKind
@@ -30,6 +30,7 @@ from opentelemetry.trace import SpanKind
 from hypha.backoff import NO_JITTER, Backoff
 from hypha.decoding import decode, decode_json
 from hypha.errors import HyphaError, PeerUnreachable, Refused, Undecodable
+from hypha.executor.threads import Threads, finish
 from hypha.messages import (
     Alive,
     BridgeError,
@@ -89,6 +90,7 @@ class BridgeClient:
 
     def __init__(self, socket: Path, directory: Path) -> None:
         self.directory = directory
+        self.threads = Threads()
         self.failed: Callable[[Exception], None] = logger.error
         #: called after each event, in the thread that reports them
         self.after_event: Callable[[], None] = lambda: None
@@ -108,7 +110,7 @@ class BridgeClient:
         """What this executor is to do."""
         return decode(_JOB.decode, self._call("GET", "/job"))
 
-    def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
+    async def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
         """Have the worker fetch ``reference``; the files' absolute paths, and what was said about each.
 
         Blocks until they are there. Raises :class:`Refused` and :class:`PeerUnreachable`.
@@ -117,7 +119,7 @@ class BridgeClient:
         files = decode_json(answer, list[FetchedFile])
         return [(self.directory / file.path, file) for file in files]
 
-    def send(self, call: SendCall) -> Sent:
+    async def send(self, call: SendCall) -> Sent:
         """Returns when it is decided for every receiver. Raises :class:`Refused` or, after the worker's own
         retries, :class:`PeerUnreachable` when nobody acknowledged.
         """
@@ -204,11 +206,11 @@ class BridgeClient:
             self._events.append((event, reported_in))
             self._lock.notify()
 
-    def patiently(self, call: Callable[[], T]) -> T:
+    async def patiently(self, call: Coroutine[Any, Any, T]) -> T:
         """Do ``call`` in another thread, and have the worker know meanwhile that this one waits for it."""
         pool = ThreadPoolExecutor(1)
         # what it calls is below the span of whoever waits
-        pending: Future[T] = pool.submit(copy_context().run, call)
+        pending: Future[T] = pool.submit(copy_context().run, finish, call)
         pool.shutdown(wait=False)
         while not wait([pending], ALIVE_S).done:
             self.report(Alive())

@@ -100,44 +100,31 @@ class Digests:
 
 
 class Hasher:
-    """Hashes of what is given in order; ``quick``: XXH3 alone."""
+    """Hashes of what is given in order; ``quick``: XXH3 alone. ``beside``: in a thread of its own, so what is
+    given must stay as it is until ``digests`` returns.
+    """
 
-    def __init__(self, quick: bool = False) -> None:
+    def __init__(self, quick: bool = False, beside: bool = False) -> None:
         self._strong = None if quick else blake3.blake3()
         self._quick = xxhash.xxh3_128()
-
-    def __enter__(self) -> Hasher:
-        return self
-
-    def __exit__(self, *failure: object) -> None:
-        """Nothing to end here."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash") if beside else None
 
     def update(self, data: bytes | memoryview) -> None:
+        if self._thread is not None:
+            self._thread.submit(self._add, data)
+        else:
+            self._add(data)
+
+    def _add(self, data: bytes | memoryview) -> None:
         self._quick.update(data)
         if self._strong is not None:
             self._strong.update(data)
 
     def digests(self) -> Digests:
         """Of all of it; the last call."""
+        if self._thread is not None:
+            self._thread.shutdown()
         return Digests("" if self._strong is None else self._strong.hexdigest(), self._quick.hexdigest())
-
-
-class HasherBeside(Hasher):
-    """The same in a thread of its own. What is given must stay as it is until ``digests`` returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash")
-
-    def __exit__(self, *failure: object) -> None:
-        self._thread.shutdown()
-
-    def update(self, data: bytes | memoryview) -> None:
-        self._thread.submit(super().update, data)
-
-    def digests(self) -> Digests:
-        self._thread.shutdown()
-        return super().digests()
 
 
 # --- writing ------------------------------------------------------------------------------------------
@@ -146,7 +133,6 @@ class HasherBeside(Hasher):
 def write(
     path: Path,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
     reused: ReusedFiles | None = None,
     beside: bool = False,
 ) -> Digests:
@@ -154,10 +140,9 @@ def write(
 
     It may be written over one of ``reused``. ``beside``: another thread does the hashing.
     """
-    specs = specs_of(tensors)
-    with HasherBeside() if beside else Hasher() as hasher:
-        write_pieces(path, specs, lambda name: pieces(tensors[name]), metadata or {}, hasher, reused)
-        return hasher.digests()
+    hasher = Hasher(beside=beside)
+    write_pieces(path, specs_of(tensors), lambda name: pieces(tensors[name]), {}, hasher, reused)
+    return hasher.digests()
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -230,16 +215,9 @@ class _HeaderEntry(msgspec.Struct, frozen=True):
     data_offsets: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """A tensor in a file; ``start`` counts from the file's first byte."""
-
-    spec: Spec
-    start: int
-
-
 class TensorFile:
     """An open safetensors file, checked: every tensor lies inside, none overlaps, no byte is unaccounted for.
+    ``specs`` are in the order of the file.
 
     Raises :class:`DataError` for anything else. A context manager that closes the file.
     """
@@ -278,7 +256,9 @@ class TensorFile:
         except Undecodable as exc:
             raise self._bad(str(exc)) from exc
         self.header = prefix + text
-        self.entries: dict[str, TensorEntry] = {}
+        self.specs: dict[str, Spec] = {}
+        #: of each the first byte in the file
+        self._starts: dict[str, int] = {}
         at = 0
         for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
             dtype = DTYPES.get(entry.dtype)
@@ -287,19 +267,16 @@ class TensorFile:
             spec = Spec(dtype, entry.shape)
             if min(entry.shape, default=0) < 0 or entry.data_offsets != (at, at + spec.size_bytes):
                 raise self._bad(f"{name} claims bytes that are not its own")
-            self.entries[name] = TensorEntry(spec, 8 + length + at)
+            self.specs[name], self._starts[name] = spec, 8 + length + at
             at += spec.size_bytes
         if 8 + length + at != size:
             raise self._bad(f"it has {size} bytes where its header says {8 + length + at}")
 
-    def specs(self) -> dict[str, Spec]:
-        return {name: entry.spec for name, entry in self.entries.items()}
-
     def read_chunk(self, name: str, at: int, buffer: Tensor) -> Tensor:
         """The elements from ``at`` on, at most as many as fit into ``buffer``, in it. From any thread."""
-        entry = self.entries[name]
-        piece = buffer[: min(buffer.numel(), math.prod(entry.spec.shape) - at)]
-        self._fill(piece, entry.start + at * entry.spec.dtype.itemsize)
+        spec = self.specs[name]
+        piece = buffer[: min(buffer.numel(), math.prod(spec.shape) - at)]
+        self._fill(piece, self._starts[name] + at * spec.dtype.itemsize)
         return piece
 
     def read_into(
@@ -310,7 +287,7 @@ class TensorFile:
         """
         flat = out.view(-1)
         other = None if copy is None else copy.view(-1)
-        start = self.entries[name].start
+        start = self._starts[name]
         for at in range(0, flat.numel(), CHUNK):
             piece = flat[at : at + CHUNK]
             self._fill(piece, start + at * out.dtype.itemsize)
@@ -344,11 +321,11 @@ def read(
     ``copies``, of the same names and shapes on any device, are set to the same values.
     """
     with TensorFile(path) as file:
-        if problem := difference(file.specs(), specs_of(into)):
+        if problem := difference(file.specs, specs_of(into)):
             raise DataError(f"{path.name} does not fit the model: {problem}")
         hasher = Hasher(quick)
         hasher.update(file.header)
-        for name in file.entries:
+        for name in file.specs:
             copy = None if copies is None else copies[name]
             at_once = copy is not None and copy.device.type == "cpu" and copy.is_contiguous()
             file.read_into(name, into[name], hasher, copy if at_once else None)

@@ -139,7 +139,7 @@ class UpdateFile:
                 raise DataError(f"the scales of an int8 update cannot be read: {exc}") from exc
             if self._scales.keys() != theta.parameters.keys():
                 raise DataError("an int8 update needs one scale for each parameter")
-        if problem := difference(file.specs(), _specs(theta, encoding)):
+        if problem := difference(file.specs, _specs(theta, encoding)):
             raise DataError(f"the update does not fit the model: {problem}")
 
     def reader(self) -> ChunkReader:
@@ -147,7 +147,7 @@ class UpdateFile:
         return ChunkReader(self._file, self._scales)
 
     def buffer(self, name: str) -> Tensor:
-        spec = self._file.entries[name].spec
+        spec = self._file.specs[name]
         out = torch.empty(spec.shape, dtype=spec.dtype)
         self._file.read_into(name, out)
         return out
@@ -163,7 +163,7 @@ class ChunkReader:
 
     def chunk(self, name: str, at: int) -> Tensor:
         """At most ``CHUNK`` elements of the parameter ``name``, from ``at`` on."""
-        dtype = self._file.entries[name].spec.dtype
+        dtype = self._file.specs[name].dtype
         buffer = self._buffers.get(dtype)
         if buffer is None:
             buffer = self._buffers[dtype] = torch.empty(CHUNK, dtype=dtype)

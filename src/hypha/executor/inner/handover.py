@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 import msgspec
 
 from hypha.errors import PeerUnreachable, Refused
-from hypha.executor.bridge.client import ALIVE_S, BridgeClient, update_waits
+from hypha.executor.bridge.client import BridgeClient, update_waits
 from hypha.executor.files.reused import ReusedFiles
+from hypha.executor.threads import Threads
 from hypha.messages import (
     Contribution,
     Directive,
@@ -35,8 +35,8 @@ _SEND_RETRY_S = 1.0
 class TrainerInbox:
     """What the threads have heard and the trainer looks up. ``changed`` guards and announces all of it."""
 
-    def __init__(self, parameter_server: PeerRef, generation: int) -> None:
-        self.changed = threading.Condition()
+    def __init__(self, threads: Threads, parameter_server: PeerRef, generation: int) -> None:
+        self.changed = threads.condition()
         self.plan: Plan | None = None
         self.theta: ReceivedFile | None = None
         self.parameter_server = parameter_server
@@ -100,16 +100,6 @@ class TrainerInbox:
             self.failure = self.failure or failure
             self.changed.notify_all()
 
-    def wait_for(self, holds: Callable[[], bool], meanwhile: Callable[[], None]) -> None:
-        """Wait, under ``changed``, until ``holds()``; ``meanwhile`` is called every now and then."""
-        while not self.changed.wait_for(holds, ALIVE_S):
-            meanwhile()
-
-    def touch(self) -> None:
-        """Something else happened."""
-        with self.changed:
-            self.changed.notify_all()
-
 
 def turn_of(file: ReceivedFile) -> tuple[int, int, int]:
     """Of a theta: its generation of the job, its round, and the attempt at that. Without a stamp it is older
@@ -128,10 +118,10 @@ class UpdateToSend:
     contribution: Contribution
 
 
-class UpdateSender(threading.Thread):
+class UpdateSender:
     """Sends the update of the open round to wherever the parameter server is, and to another one again, until
-    told to stop or until the round is lost. In each generation of the job it says once that it has. Each time
-    it is ``sending()`` meanwhile.
+    told to stop or until the round is lost. In each generation of the job it reports once that it has. Each
+    time it is ``sending()`` meanwhile.
     """
 
     def __init__(
@@ -142,22 +132,21 @@ class UpdateSender(threading.Thread):
         reused: ReusedFiles,
         sending: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        super().__init__(name="update", daemon=True)
+        """It begins."""
         self._bridge = bridge
         self._inbox = inbox
         self._update = update
-        self._reused = reused
         self._sending = sending
         self._stopped = False
         self._lost_before = inbox.lost_before
 
-    def run(self) -> None:
-        try:
-            self._run()
-        except Exception as exc:  # noqa: BLE001 - the thread's edge
-            self._inbox.fail(exc)
-        finally:
-            self._reused.give(self._update.path)
+        async def run() -> None:
+            try:
+                await self._deliver()
+            finally:
+                reused.give(update.path)
+
+        bridge.threads.start("update", run, inbox.fail)
 
     def stop(self) -> None:
         """The round is over; the file goes as soon as no call uses it."""
@@ -165,46 +154,39 @@ class UpdateSender(threading.Thread):
             self._stopped = True
             self._inbox.changed.notify_all()
 
-    def _run(self) -> None:
-        said_in = reached = -1
+    async def _deliver(self) -> None:
+        told_in = reached = -1
         contribution = self._update.contribution
-        while (call := self._wait(said_in, None)) is not None:
-            server, generation, number = call
+        while (place := await self._wait(told_in, None)) is not None:
+            server, generation, number = place
             try:
                 with self._sending() if number != reached else nullcontext():
                     if number != reached:
-                        self._send(server, generation)
+                        await self._bridge.send(
+                            SendCall(
+                                resource=Peers(peers=(server,), resource="update"),
+                                path=self._bridge.relative(self._update.path),
+                                round=contribution.round,
+                                samples=contribution.samples,
+                                xxh3=self._update.xxh3,
+                                generation=generation,
+                            )
+                        )
                         reached = number
-                    said_in = generation
-                    # for schedulers of earlier versions: those of this one learn it from the parameter server
+                    told_in = generation
                     self._bridge.report(UpdateSent(contribution=contribution))
-            except Refused as exc:
-                if update_waits(exc):
+            except (Refused, PeerUnreachable) as exc:
+                if isinstance(exc, PeerUnreachable) or update_waits(exc):
                     logger.warning("The update of round %d has to wait: %s", contribution.round, exc)
-                    self._wait(generation, _SEND_RETRY_S)
+                    await self._wait(generation, _SEND_RETRY_S)
                     continue
                 # theta of a later round is on its way, or another generation, or the scheduler has yet to
                 # notice
-                said_in = generation
+                told_in = generation
                 logger.warning("The update of round %d was refused: %s", contribution.round, exc)
-            except PeerUnreachable as exc:
-                logger.warning("The update of round %d is not sent yet: %s", contribution.round, exc)
-                self._wait(generation, _SEND_RETRY_S)
 
-    def _send(self, server: PeerRef, generation: int) -> None:
-        self._bridge.send(
-            SendCall(
-                resource=Peers(peers=(server,), resource="update"),
-                path=self._bridge.relative(self._update.path),
-                round=self._update.contribution.round,
-                samples=self._update.contribution.samples,
-                xxh3=self._update.xxh3,
-                generation=generation,
-            )
-        )
-
-    def _wait(self, said_in: int, timeout_s: float | None) -> tuple[PeerRef, int, int] | None:
-        """Wait for another generation of the job than ``said_in``: where to send, in which generation, and to
+    async def _wait(self, told_in: int, timeout_s: float | None) -> tuple[PeerRef, int, int] | None:
+        """Wait for another generation of the job than ``told_in``: where to send, in which generation, and to
         which of its parameter servers (counted); None when there is nothing more to send.
         """
         inbox = self._inbox
@@ -213,5 +195,5 @@ class UpdateSender(threading.Thread):
             return self._stopped or inbox.lost_before != self._lost_before
 
         with inbox.changed:
-            inbox.changed.wait_for(lambda: over() or inbox.generation != said_in, timeout_s)
+            await inbox.changed.wait_for(lambda: over() or inbox.generation != told_in, timeout_s)
             return None if over() else (inbox.parameter_server, inbox.generation, inbox.servers)

@@ -64,22 +64,8 @@ class LocalModel:
             self._forward = Forward(model, job.model)
             self._model = self._accelerator.prepare(model)
             self._tensors = ModelTensors(self._accelerator.unwrap_model(self._model))
-            self._inner = Inner(self._model, self._forward, job, self._accelerator, job.steps)
-
-    @property
-    def steps(self) -> int:
-        """Inner steps so far, those of earlier generations included."""
-        return self._inner.steps
-
-    @property
-    def learning_rate(self) -> float:
-        """That of the next step."""
-        return self._inner.learning_rate
-
-    @property
-    def fits(self) -> bool:
-        """Was no batch cut for want of memory lately? Of several processes only this one is asked."""
-        return not self._inner.rows.limited
+            #: the incarnation of the optimizer that takes the steps
+            self.inner = Inner(self._model, self._forward, job, self._accelerator, job.steps)
 
     def load(self, path: Path) -> Digests:
         """Set base and the local model to theta in that file; the file's hashes, without BLAKE3."""
@@ -91,17 +77,17 @@ class LocalModel:
 
     def start_over(self, steps: int) -> None:
         """With a fresh optimizer, at so many steps."""
-        rows = self._inner.rows
-        self._inner = Inner(self._model, self._forward, self._job, self._accelerator, steps)
-        self._inner.rows = rows
+        rows = self.inner.rows
+        self.inner = Inner(self._model, self._forward, self._job, self._accelerator, steps)
+        self.inner.rows = rows
 
     def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`hypha.executor.inner.loop.Inner.batch`."""
-        return self._inner.batch(columns)
+        return self.inner.batch(columns)
 
     def flush(self) -> None:
         """See :meth:`hypha.executor.inner.loop.Inner.flush`."""
-        self._inner.flush()
+        self.inner.flush()
 
     def theta(self) -> Theta:
         """The local model as it is now. Raises :class:`ModelError` when ``forward`` has made another one."""

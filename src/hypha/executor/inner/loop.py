@@ -62,6 +62,19 @@ def round_seed(seed: int, worker: str, round: int) -> int:
     return int.from_bytes(blake3.blake3(f"{seed}/{worker}/{round}".encode()).digest(8), "big") >> 1
 
 
+def least_step_s(text: str | None) -> float:
+    """Of ``HYPHA_STEP_S``, in seconds; 0 without. Raises :class:`ModelError` for what is no time."""
+    try:
+        value = float(text or 0.0)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < math.inf:
+        raise ModelError(
+            f"HYPHA_STEP_S is the least seconds of a batch, not {text!r}; mend the executor's env"
+        )
+    return value
+
+
 class Processor:
     """What accelerate's ``Accelerator`` is, of which this has the part used here, on the CPU in fp32: nothing
     is moved, wrapped, cast or scaled. What it has beyond that is for processes that train one model together

@@ -1,20 +1,20 @@
 """The processes of an executor that trains on several devices: one each, joined by torch.distributed.
 
 Rank 0 speaks to the worker; the others do what it broadcasts. Commands and rows go over gloo on this
-machine, gradients and theta over NCCL between GPUs. All of them end together: a process that cannot go on
-leaves its last words in the job directory, where rank 0 finds them, reports them and ends; the launcher ends
-the others.
+machine, gradients and theta over NCCL between GPUs. All of them end together: where one cannot go on, the
+launcher ends the others. What rank 0 cannot do it reports itself; another one leaves its last words in the
+job directory, where the launcher (:mod:`hypha.executor.launch`) finds them and reports them.
 """
 
 from __future__ import annotations
 
 import datetime
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import torch
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from hypha.config.environment import process_environment
 from hypha.decoding import decode_json
 from hypha.errors import HyphaError, Undecodable
-from hypha.executor.bridge.client import BridgeClient
-from hypha.executor.running import FLUSH_S, exit_code_of, last_words, leave
+from hypha.executor.running import exit_code_of, last_words
 from hypha.files.staging import write_whole
 from hypha.messages import ExecutorError, encode_json
 
@@ -37,11 +36,8 @@ logger = logging.getLogger("hypha.executor.training")
 _PATIENCE = datetime.timedelta(days=30)
 #: Gradients are added up in pieces of so many bytes, so that one is on its way while the next is packed.
 _PIECE_BYTES = 25 << 20
-_LOOK_S = 0.2
-#: how long whoever lost another process looks for the last words of that one
-_WORDS_WITHIN_S = 2.0
-#: how long a process that said them waits for rank 0 to pass them on
-_HEARD_WITHIN_S = 15.0
+#: how long rank 0 waits for the launcher to end it, once another process is gone
+_ENDED_WITHIN_S = 15.0
 #: how gloo, NCCL and TCP say that another process is gone
 _GONE = (
     "Connection closed by peer",
@@ -159,61 +155,33 @@ class ProcessGroup:
 
     # --- ends ---------------------------------------------------------------------------------------
 
-    def say_last(self, exc: Exception) -> int:
-        """Leave the last words of this process where rank 0 looks for them, and wait until it has passed them
-        on; the exit code.
-        """
+    def leave_last_words(self, exc: Exception) -> int:
+        """Write down why this process cannot go on, for the launcher; the exit code."""
         path, code = self._directory / f"last-words-{self.rank}.json", exit_code_of(exc)
         write_whole(path, encode_json(LastWords(self.rank, last_words(exc), code)))
-        # with the end of rank 0 the launcher ends this one
-        time.sleep(_HEARD_WITHIN_S)
         return code
 
-    def with_others(self, work: Callable[[BridgeClient], None]) -> Callable[[BridgeClient], None]:
-        """``work`` of rank 0, that reports of another process's end what that one said."""
-
-        def working(bridge: BridgeClient) -> None:
-            threading.Thread(target=self._watch, args=(bridge,), name="other processes", daemon=True).start()
-            try:
-                work(bridge)
-            except RuntimeError as exc:
-                if not is_lost(exc):
-                    raise
-                if (words := find_last_words(self._directory, _WORDS_WITHIN_S)) is not None:
-                    _end_with(bridge, words)
-                raise ProcessLost(
-                    f"one of the {self.size} processes of this executor was ended from outside, or crashed: "
-                    "what the executor wrote says which"
-                ) from exc
-
-        return working
-
-    def _watch(self, bridge: BridgeClient) -> None:
-        """End once another process has said its last words: this one may wait for it in the middle of a step,
-        and would for ever.
-        """
-        while (words := find_last_words(self._directory, 0.0)) is None:
-            time.sleep(_LOOK_S)
-        _end_with(bridge, words)
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """For rank 0, that ends with :class:`ProcessLost` where another process is gone."""
+        try:
+            yield
+        except RuntimeError as exc:
+            if not is_lost(exc):
+                raise
+            # the launcher, which knows more, ends this one
+            time.sleep(_ENDED_WITHIN_S)
+            raise ProcessLost(
+                f"one of the {self.size} processes of this executor was ended from outside, or crashed: "
+                "what the executor wrote says which"
+            ) from exc
 
 
-def _end_with(bridge: BridgeClient, words: LastWords) -> NoReturn:
-    """Report why another process cannot go on, as the end of the executor."""
-    bridge.report(words.error)
-    bridge.flush(FLUSH_S)
-    leave(words.exit_code)
-
-
-def find_last_words(directory: Path, within_s: float) -> LastWords | None:
-    """Of the process that failed first, if one has, or does ``within_s`` seconds from now."""
-    until = time.monotonic() + within_s
-    while True:
-        found = sorted(directory.glob("last-words-*.json"), key=lambda path: path.stat().st_mtime_ns)
-        for path in found:
-            try:
-                return decode_json(path.read_bytes(), LastWords)
-            except Undecodable as exc:
-                logger.warning("%s cannot be read: %s", path.name, exc)
-        if time.monotonic() >= until:
-            return None
-        time.sleep(_LOOK_S / 4)
+def find_last_words(directory: Path) -> LastWords | None:
+    """Of the process that failed first, if one has."""
+    for path in sorted(directory.glob("last-words-*.json"), key=lambda path: path.stat().st_mtime_ns):
+        try:
+            return decode_json(path.read_bytes(), LastWords)
+        except Undecodable as exc:
+            logger.warning("%s cannot be read: %s", path.name, exc)
+    return None

@@ -1,4 +1,4 @@
-"""What a training executor has done of one round, as it reports it and as its update's header states it."""
+"""What a training executor has done of one round."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor
 
 from hypha.errors import NotFinite
 from hypha.executor.bridge.client import PROGRESS_INTERVAL_S
-from hypha.executor.inner.slices_reader import RowStream
-from hypha.messages import Contribution, Progress
 
 #: Reports become rarer as a round goes on, since what they say of its rest stays as accurate: a tenth of its
 #: time so far lies between two. Each takes time of the trainer's, of its device's and the scheduler's.
@@ -63,13 +61,11 @@ class Losses:
 
 
 class RoundCounts:
-    """Batches of ``rows`` samples each, of ``round`` in its ``attempt``, which began at ``now`` (seconds of a
-    monotonic clock) with ``steps`` inner steps taken before.
+    """Batches of ``rows`` samples each, of a round that began at ``now`` (seconds of a monotonic clock) with
+    ``steps`` inner steps taken before.
     """
 
-    def __init__(self, round: int, attempt: int, rows: int, steps: int, now: float) -> None:
-        self.round = round
-        self.attempt = attempt
+    def __init__(self, rows: int, steps: int, now: float) -> None:
         self.rows = rows
         self.first_steps = steps
         self.batches = self.samples = 0
@@ -80,35 +76,3 @@ class RoundCounts:
         self.losses.add(loss)
         self.batches += 1
         self.samples += samples
-
-    def progress(self, loss: float, learning_rate: float = 0.0) -> Progress:
-        """All of it, with the mean ``loss`` of the batches since the last report."""
-        return Progress(
-            round=self.round,
-            batches=self.batches,
-            samples=self.samples,
-            busy_s=self.busy_s,
-            loss=loss,
-            learning_rate=learning_rate,
-            attempt=self.attempt,
-        )
-
-    def contribution(
-        self, worker: str, incarnation: str, restarts: int, stream: RowStream, threads: int = 1
-    ) -> Contribution:
-        """For what its update stands; ``stream`` is where the rows came from."""
-        return Contribution(
-            round=self.round,
-            worker=worker,
-            incarnation=incarnation,
-            restarts=restarts,
-            attempt=self.attempt,
-            samples=self.samples,
-            batches=self.batches,
-            batch_size=self.rows,
-            steps=self.first_steps,
-            ranges=tuple(stream.ranges),
-            finished=tuple(stream.finished),
-            loss=self.losses.mean(),
-            threads=threads,
-        )

@@ -6,9 +6,7 @@ ranges says exactly which samples a round saw, and in which order.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from hypha.errors import DataError, SliceCorrupt
 from hypha.executor.bridge.client import BridgeClient
 from hypha.executor.models.preprocessing import Padding, Preprocessor, joined
+from hypha.executor.threads import ThreadCondition
 from hypha.messages import SchedulerData, SliceRange, TrainJob
 
 _WORD = (1 << 64) - 1
@@ -122,20 +121,53 @@ class RowStream:
         self.ranges.append(SliceRange(epoch=part.epoch, slice=part.index, start=start, stop=stop))
 
 
-class JobSlices:
-    """``fetching``: the worker has been asked for one, and has not answered yet."""
+class SliceReadAhead:
+    """Keeps the next slice ready in memory, fetched and preprocessed, while another is trained on.
 
-    def __init__(self, bridge: BridgeClient, job: TrainJob, preprocess: Preprocessor | None) -> None:
+    It fetches only when nothing is ready, so a slow worker never hoards slices. ``changed`` guards what it
+    has, and announces it. ``fetching``: the worker has been asked for one, and has not answered yet.
+    """
+
+    def __init__(
+        self, bridge: BridgeClient, job: TrainJob, preprocess: Preprocessor | None, changed: ThreadCondition
+    ) -> None:
         self._bridge = bridge
         self._job = job
         self._preprocess = preprocess
+        self._changed = changed
+        self._ready: Slice | None = None
+        self._failure: Exception | None = None
+        self._dropped_before = (0, 0, 0)
         self.fetching = False
 
-    def next(self) -> Slice:
-        """Fetch, read, preprocess; blocks, in the slices' thread. Raises :class:`DataError`."""
+    def start(self) -> None:
+        self._bridge.threads.start("slices", self._run, self._failed)
+
+    async def _run(self) -> None:
+        while True:
+            part = await self.fetch()
+            with self._changed:
+                if part.asked < self._dropped_before:
+                    continue
+                self._ready = part
+                self._changed.notify_all()
+                await self._changed.wait_for(self.wanted)
+
+    def _failed(self, exc: Exception) -> None:
+        """Handed to whoever takes next."""
+        with self._changed:
+            self._failure = exc
+            self._changed.notify_all()
+
+    def wanted(self) -> bool:
+        """Is another one to be fetched?"""
+        return self._ready is None
+
+    async def fetch(self) -> Slice:
+        """The next one, read and preprocessed. Raises :class:`DataError`."""
         dataset = SchedulerData(peer=self._job.scheduler.peer, dataset=self._job.dataset)
         self.fetching = True
-        path, file = self._bridge.fetch(dataset)[0]
+        path, file = (await self._bridge.fetch(dataset))[0]
         self.fetching = False
         assigned = file.slice
         if assigned is None:
@@ -153,38 +185,6 @@ class JobSlices:
             assigned.epoch, assigned.index, columns, order, (file.generation, file.round, file.attempt)
         )
 
-
-class SliceReadAhead(threading.Thread):
-    """Keeps the next slice ready in memory, fetched and preprocessed, while another is trained on.
-
-    ``fetch`` blocks until there is a slice; ``changed`` is called whenever one is ready or fetching failed.
-    It fetches only when nothing is ready, so a slow worker never hoards slices.
-    """
-
-    def __init__(self, fetch: Callable[[], Slice], changed: Callable[[], None]) -> None:
-        super().__init__(name="slices", daemon=True)
-        self._fetch = fetch
-        self._changed = changed
-        self._lock = threading.Condition()
-        self._ready: Slice | None = None
-        self._failure: Exception | None = None
-        self._dropped_before = (0, 0, 0)
-
-    def run(self) -> None:
-        try:
-            while True:
-                part = self._fetch()
-                with self._lock:
-                    if part.asked < self._dropped_before:
-                        continue
-                    self._ready = part
-                self._changed()
-                with self._lock:
-                    self._lock.wait_for(lambda: self._ready is None)
-        except Exception as exc:  # noqa: BLE001 - a thread's edge: handed to whoever takes next
-            self._failure = exc
-            self._changed()
-
     @property
     def ready(self) -> bool:
         """Has :meth:`take` something to give, or to raise?"""
@@ -192,17 +192,17 @@ class SliceReadAhead(threading.Thread):
 
     def take(self) -> Slice | None:
         """The ready slice, or None. Raises what fetching raised."""
-        if self._failure is not None:
-            raise self._failure
-        with self._lock:
+        with self._changed:
+            if self._failure is not None:
+                raise self._failure
             part, self._ready = self._ready, None
-            self._lock.notify()
+            self._changed.notify_all()
             return part
 
     def drop_before(self, asked: tuple[int, int, int]) -> None:
         """Forget the slices asked for earlier, the one that is being fetched included."""
-        with self._lock:
+        with self._changed:
             self._dropped_before = asked
             if self._ready is not None and self._ready.asked < asked:
                 self._ready = None
-                self._lock.notify()
+                self._changed.notify_all()

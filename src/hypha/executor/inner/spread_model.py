@@ -124,13 +124,13 @@ class _Member(LocalModel):
         """
         columns = self.group.receive_rows() if columns is None else columns
         if parts is None:
-            loss = self._inner.batch(columns, terms)
+            loss = self.inner.batch(columns, terms)
         else:
             shares, at = [], 0
             for rows, weight in parts[self.group.rank]:
                 shares.append(({name: one[at : at + rows] for name, one in columns.items()}, weight))
                 at += rows
-            loss = self._inner.shares(shares)
+            loss = self.inner.shares(shares)
         return self.group.sum(loss.float())
 
     def gather(self) -> Theta:
@@ -189,7 +189,7 @@ class SpreadModel(_Member):
         count, takes some of others, which count for nothing.
         """
         most = max(len(next(iter(share.values()))) for share in shares)
-        number = self._inner.rows.parts(most)
+        number = self.inner.rows.parts(most)
         cut = [in_parts(share, number) for share in shares]
         weighed = [[(part, self._forward.terms(part)) for part in parts] for parts in cut]
         some = max((one for parts in weighed for one in parts), key=lambda one: one[1])[0]
@@ -226,7 +226,7 @@ def follow_rank_zero(group: ProcessGroup) -> int:
             logger.warning("Process %d of this executor ends, as another one has.", group.rank)
             return 1
         logger.exception("Process %d of this executor cannot go on.", group.rank)
-        return group.say_last(exc)
+        return group.leave_last_words(exc)
     return 0
 
 

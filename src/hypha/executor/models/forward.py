@@ -56,7 +56,8 @@ class Forward:
 
     def __init__(self, model: nn.Module, spec: ModelSpec) -> None:
         self._spec = spec
-        self._causal = ALIASES.get(spec.task, spec.task) == "causal-lm"
+        task = ALIASES.get(spec.task, spec.task)
+        self._causal = task == "causal-lm"
         signature = inspect.signature(model.forward).parameters
         #: the arguments that the model's forward names
         self.names = [
@@ -68,11 +69,20 @@ class Forward:
         self.takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.values())
         self._own_loss = spec.loss is None
         config = getattr(model, "config", None)
-        self._label_types = LabelTypes(spec, config)
+        #: of labels of rows: how many a model tells apart, and which of transformers' problems that is
+        self._counted: int | None = None
+        self._problem: str | None = None
         #: that a label may be one of; None where that is not known, or labels are no classes
-        self.classes = self._label_types.classes
-        if self._own_loss and ALIASES.get(spec.task, spec.task) in A_LABEL_A_PLACE:
+        self.classes: int | None = None
+        if self._own_loss and task in A_LABEL_A_PLACE:
             self.classes = getattr(config, "num_labels", None)
+        elif self._own_loss and task in ONE_LABEL_A_ROW and config is not None:
+            self._counted = getattr(config, "num_labels", None)
+            self._problem = getattr(config, "problem_type", None)
+            if self._problem is None and self._counted == 1:
+                self._problem = "regression"
+            if self._problem not in ("regression", "multi_label_classification"):
+                self.classes = self._counted
         #: found out with the first batch
         self._types: _Types | None = None
 
@@ -131,8 +141,44 @@ class Forward:
         """
         mapping = self._spec.inputs or {"labels": next((name for name in _LABELS if name in columns), "")}
         labels = columns.get(mapping.get("labels", ""))
-        if labels is not None:
-            self._label_types.check(labels)
+        if labels is None:
+            return
+        # of what is no probability the loss would be something else
+        probable = self._spec.loss == "bce-with-logits" or self._problem == "multi_label_classification"
+        if probable and labels.numel() and labels.dtype != torch.bool:
+            low, high = (float(value) for value in torch.aminmax(labels))
+            if low < 0 or high > 1:
+                what = self._spec.loss or self._problem
+                raise DataError(
+                    f"the labels run from {low:g} to {high:g}, but {what} takes 0 to 1; for classes by "
+                    "number set model.loss to cross-entropy, or problem_type to single_label_classification"
+                )
+
+    def _brought(self, labels: Tensor) -> Tensor:
+        """``labels`` as the loss needs them. Raises :class:`DataError` when they mean something else."""
+        if self._spec.loss in ("mse", "l1", "bce-with-logits"):
+            return labels.float()
+        if self._spec.loss == "cross-entropy" or self._counted is None:
+            # of floats the loss itself decides: they may be a class's probabilities, or a target
+            return labels.float() if labels.is_floating_point() else labels.long()
+        many = labels.dim() == 2 and labels.shape[1] > 1
+        problem = self._problem
+        if problem is None:
+            problem = "multi_label_classification" if many else "single_label_classification"
+        if problem == "regression":
+            return labels.float()
+        if problem == "multi_label_classification":
+            if labels.dim() != 2 or labels.shape[1] != self._counted:
+                have = f"{labels.shape[1]} columns" if many else "one number a row"
+                raise DataError(
+                    f"the labels have {have}, but with several labels a row (problem_type {problem}) the "
+                    f"model wants {self._counted}, each 0 or 1: set model.arguments num_labels to the number "
+                    "of columns, or problem_type to single_label_classification"
+                )
+            return labels.float()
+        if labels.is_floating_point():
+            labels = whole(labels, self._counted)
+        return labels.long()
 
     def _loss(self, model: nn.Module, columns: Mapping[str, Tensor], types: _Types) -> Tensor:
         arguments, labels = self._typed(columns, types)
@@ -178,7 +224,7 @@ class Forward:
             if mask is not None and mask.shape == labels.shape:
                 labels = labels.masked_fill(mask == 0, -100)
         if labels is not None:
-            labels = self._label_types.brought(labels)
+            labels = self._brought(labels)
         return {name: _model_type(name, value) for name, value in found.items()}, labels
 
     def used(self, columns: Mapping[str, Tensor]) -> dict[str, str]:
@@ -260,69 +306,6 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ModelError(f"the model returned a {type(output).__name__} in which no logits can be found")
     return logits
-
-
-class LabelTypes:
-    """What the loss of a job wants of its labels. ``config`` is the model's configuration,
-    where it has one.
-    """
-
-    def __init__(self, spec: ModelSpec, config: Any) -> None:
-        self._loss = spec.loss
-        self._problem: str | None = None
-        self._counted: int | None = None
-        if spec.loss is None and ALIASES.get(spec.task, spec.task) in ONE_LABEL_A_ROW and config is not None:
-            self._counted = getattr(config, "num_labels", None)
-            self._problem = getattr(config, "problem_type", None)
-            if self._problem is None and self._counted == 1:
-                self._problem = "regression"
-
-    @property
-    def classes(self) -> int | None:
-        """How many classes a row's label may be of; None where that is not known, or labels are
-        no classes.
-        """
-        return None if self._problem in ("regression", "multi_label_classification") else self._counted
-
-    def brought(self, labels: Tensor) -> Tensor:
-        """``labels`` as the loss needs them. Raises :class:`DataError` when they mean something else."""
-        if self._loss in ("mse", "l1", "bce-with-logits"):
-            return labels.float()
-        if self._loss == "cross-entropy" or self._counted is None:
-            # of floats the loss itself decides: they may be a class's probabilities, or a target
-            return labels.float() if labels.is_floating_point() else labels.long()
-        many = labels.dim() == 2 and labels.shape[1] > 1
-        problem = self._problem
-        if problem is None:
-            problem = "multi_label_classification" if many else "single_label_classification"
-        if problem == "regression":
-            return labels.float()
-        if problem == "multi_label_classification":
-            if labels.dim() != 2 or labels.shape[1] != self._counted:
-                have = f"{labels.shape[1]} columns" if many else "one number a row"
-                raise DataError(
-                    f"the labels have {have}, but with several labels a row (problem_type {problem}) the "
-                    f"model wants {self._counted}, each 0 or 1: set model.arguments num_labels to the number "
-                    "of columns, or problem_type to single_label_classification"
-                )
-            return labels.float()
-        if labels.is_floating_point():
-            labels = whole(labels, self._counted)
-        return labels.long()
-
-    def check(self, labels: Tensor) -> None:
-        """Labels, on the CPU, that are no probabilities make a loss of something else, without complaint:
-        raises :class:`DataError`.
-        """
-        probable = self._loss == "bce-with-logits" or self._problem == "multi_label_classification"
-        if probable and labels.numel() and labels.dtype != torch.bool:
-            low, high = (float(value) for value in torch.aminmax(labels))
-            if low < 0 or high > 1:
-                what = self._loss or self._problem
-                raise DataError(
-                    f"the labels run from {low:g} to {high:g}, but {what} takes 0 to 1; for classes by "
-                    "number set model.loss to cross-entropy, or problem_type to single_label_classification"
-                )
 
 
 def whole(labels: Tensor, classes: int | None = None) -> Tensor:

@@ -160,7 +160,7 @@ def check_same_model(theta: Path, ours: Theta) -> None:
     :class:`ModelError`, which says what differs.
     """
     with TensorFile(theta) as file:
-        problem = difference(file.specs(), ours.specs())
+        problem = difference(file.specs, ours.specs())
     if problem:
         raise ModelError(
             "the parameter server has built another model than this worker: its theta does not fit here, "

@@ -32,14 +32,18 @@ _MOST_CHUNKS = 8
 
 @dataclass(frozen=True)
 class JudgedUpdate:
-    """An update, in the file at ``path``, that may be added to the sum with ``weight``."""
+    """An update, in the file at ``path``, that may be added to the sum with ``weight``. ``recorded`` says by
+    what it and its buffers are multiplied, where that is known, as in a replay.
+    """
 
     worker: str
+    samples: int
     norm: float
     sketch: Tensor
     weight: float
     size_bytes: int
     path: Path
+    recorded: UpdateStatistics | None
 
 
 class Agreement:

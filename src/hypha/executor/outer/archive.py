@@ -1,7 +1,7 @@
 """What stays of a parameter server's work: checkpoints, and the trained model that is exported.
 
-Both are sent by one thread, in the order of their rounds, from files that do not change any more, so that
-rounds go on meanwhile. A checkpoint is theta, momentum, and a description that is written last, so that with
+Both are sent in the order of their rounds, from files that do not change any more, so that rounds go on
+meanwhile. A checkpoint is theta, momentum, and a description that is written last, so that with
 it the two are whole. Reading one needs no model: the files say what the tensors look like, the description
 which bytes they are.
 """
@@ -11,12 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -27,12 +24,12 @@ from torch import Tensor
 from hypha.decoding import decode_json
 from hypha.errors import CheckpointUnusable, DataError, PeerUnreachable, Refused, Undecodable
 from hypha.executor.bridge.client import BridgeClient, export_waits
-from hypha.executor.bridge.spans import Traces
 from hypha.executor.files import tensors
 from hypha.executor.files.tensors import TensorFile
 from hypha.executor.files.theta import Theta
+from hypha.executor.models.model_files import ModelFiles
+from hypha.executor.threads import WorkQueue
 from hypha.messages import AggregateJob, CheckpointSaved, Exported, Local, PeerRef, Peers, Reference, SendCall
-from hypha.tracing.operations import CHECKPOINT, EXPORT, Operation
 
 logger = logging.getLogger("hypha.executor.parameter_server")
 
@@ -55,40 +52,31 @@ class CheckpointState(msgspec.Struct, frozen=True):
 
 
 class Archive:
-    """``ended`` is called when a piece of work is over, with what it raised. ``finishing`` is set once the
-    job has ended.
-    """
+    """``failed`` is called with what goes wrong in the background."""
 
-    def __init__(
-        self,
-        bridge: BridgeClient,
-        job: AggregateJob,
-        traces: Traces,
-        span_of: Callable[[Operation, int], AbstractContextManager[Span]],
-        ended: Callable[[Future[Any]], None],
-    ) -> None:
+    def __init__(self, bridge: BridgeClient, job: AggregateJob, failed: Callable[[Exception], None]) -> None:
         self._bridge = bridge
         self._job = job
-        self._traces = traces
-        self._span_of = span_of
-        self._ended = ended
-        self.finishing = threading.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+        self._changed = bridge.threads.condition()
+        self._finished = False
+        self._work = WorkQueue(bridge.threads, "archive", failed)
         self._exporting = -1
         self._exported: Exported | None = None
         #: the newest checkpoint: the round that it is of, and what was reported of it when it was saved
         self._saving = -1
         self._saved: CheckpointSaved | None = None
 
-    def _submit(self, work: Callable[[], None]) -> None:
-        self._thread.submit(work).add_done_callback(self._ended)
-
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """The job has ended: wait a little for the last checkpoint."""
-        self.finishing.set()
-        # there is one thread: when this is done, so is everything before it
-        last = self._thread.submit(lambda: None)
-        self._bridge.patiently(lambda: wait([last], timeout=_FINISH_GRACE_S))
+        with self._changed:
+            self._finished = True
+            self._changed.notify_all()
+        await self._bridge.patiently(self._work.done(_FINISH_GRACE_S))
+
+    async def finished_within(self, timeout_s: float) -> bool:
+        """Has the job ended, or does it so soon?"""
+        with self._changed:
+            return await self._changed.wait_for(lambda: self._finished, timeout_s)
 
     def begin_generation(self) -> None:
         """Another scheduler steers: report the newest checkpoint. It may have neither that nor what was
@@ -101,11 +89,14 @@ class Archive:
         self._saving = -1
 
     def checkpoint(
-        self, state: CheckpointState, theta: Path, momentum: Callable[[], dict[str, Tensor]], within: int
+        self,
+        state: CheckpointState,
+        theta: Path,
+        momentum: Callable[[], dict[str, Tensor]],
+        span: AbstractContextManager[Span],
     ) -> None:
         """Write a checkpoint now, of the file ``theta`` and of ``momentum``, whose hash ``state`` lacks; make
-        it durable in the background. Once a round is enough. ``within`` is the round to which it belongs in
-        traces.
+        it durable in the background, in ``span``. Once a round is enough.
         """
         round = state.round
         if self._saving == round:
@@ -119,25 +110,28 @@ class Archive:
         os.link(theta, directory / THETA)
         state = replace(state, momentum=tensors.write(directory / MOMENTUM, momentum()).blake3)
         (directory / STATE).write_bytes(msgspec.json.encode(state))
-        self._submit(lambda: self._save_in_span(directory, round, within))
 
-    def _save_in_span(self, directory: Path, round: int, within: int) -> None:
-        with self._span_of(CHECKPOINT, within) as saving:
-            saving.set_attribute("hypha.checkpoint.round", round)
-            self._save(directory, round)
+        async def save() -> None:
+            with span as saving:
+                saving.set_attribute("hypha.checkpoint.round", round)
+                await self._save(directory, round)
 
-    def _save(self, directory: Path, round: int) -> None:
+        self._work.put(save)
+
+    async def _save(self, directory: Path, round: int) -> None:
         policy = self._job.checkpoint
         place, relative = policy.place, self._bridge.relative(directory)
         try:
             if place == "scheduler":
                 resource: Reference = Peers(peers=(self._job.scheduler,), resource="checkpoint")
                 for name in (THETA, MOMENTUM, STATE):
-                    self._bridge.send(SendCall(resource=resource, path=f"{relative}/{name}", round=round))
+                    await self._bridge.send(
+                        SendCall(resource=resource, path=f"{relative}/{name}", round=round)
+                    )
             else:
                 place = f"{place.rstrip('/')}/{self._job.job_id}/{round}"
                 resource = Local(url=place)
-                self._bridge.send(
+                await self._bridge.send(
                     SendCall(resource=resource, path=relative, round=round, marker=STATE, keep=policy.keep)
                 )
         except (Refused, PeerUnreachable) as exc:
@@ -151,9 +145,16 @@ class Archive:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def export(self, round: int, to: PeerRef, write: Callable[[Path], list[str]]) -> None:
-        """Send the model, trained up to ``round``, to the scheduler ``to``, until that has all of it.
-        ``write`` writes its files into a directory and returns their names.
+    async def export(
+        self,
+        round: int,
+        files: ModelFiles,
+        theta: Theta,
+        to: PeerRef,
+        span: AbstractContextManager[Span],
+    ) -> None:
+        """Send the model, with ``theta`` of ``round``, to the scheduler ``to``, until that has all of it, in
+        the background, in ``span``.
         """
         if self._exporting == round:
             # asked again: then it is under way, or its report was lost
@@ -163,22 +164,23 @@ class Archive:
         self._exporting, self._exported = round, None
         directory = self._bridge.directory / "outgoing" / "export"
         shutil.rmtree(directory, ignore_errors=True)
-        names = write(directory)
+        names = await files.export(theta, directory)
+
+        async def send() -> None:
+            with span:
+                if not await self._deliver_export(round, directory, names, to):
+                    return
+                self._exported = Exported(round=round, files=tuple(names))
+                self._bridge.report(self._exported)
+            shutil.rmtree(directory, ignore_errors=True)
+
         # the model is not trained any further, so its files may go while updates are still refused
-        self._submit(lambda: self._send_export(round, directory, names, to))
+        self._work.put(send)
 
-    def _send_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> None:
-        with self._traces.in_dispatch(EXPORT):
-            if not self._deliver_export(round, directory, names, to):
-                return
-            self._exported = Exported(round=round, files=tuple(names))
-            self._bridge.report(self._exported)
-        shutil.rmtree(directory, ignore_errors=True)
-
-    def _deliver_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> bool:
+    async def _deliver_export(self, round: int, directory: Path, names: list[str], to: PeerRef) -> bool:
         """False when the job has ended before all files were with the scheduler."""
         left = list(names)
-        while left and not self.finishing.is_set():
+        while left and not self._finished:
             call = SendCall(
                 resource=Peers(peers=(to,), resource="export"),
                 path=self._bridge.relative(directory / left[0]),
@@ -186,7 +188,7 @@ class Archive:
                 round=round,
             )
             try:
-                self._bridge.send(call)
+                await self._bridge.send(call)
                 left.pop(0)
             except (Refused, PeerUnreachable) as exc:
                 if isinstance(exc, Refused) and not export_waits(exc):
@@ -194,7 +196,7 @@ class Archive:
                 # the scheduler is away; the one that comes back may have none of the files
                 logger.warning("The trained model is not delivered yet: %s", exc)
                 left = list(names)
-                self.finishing.wait(_EXPORT_RETRY_S)
+                await self.finished_within(_EXPORT_RETRY_S)
         return not left
 
 
@@ -225,7 +227,7 @@ def read_checkpoint(
 def _read(path: Path, expected: str) -> dict[str, Tensor]:
     try:
         with TensorFile(path) as file:
-            into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in file.specs().items()}
+            into = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in file.specs.items()}
         found = tensors.read(path, into).blake3
     except DataError as exc:
         raise CheckpointUnusable(f"{path.name} of the checkpoint cannot be read: {exc}") from exc

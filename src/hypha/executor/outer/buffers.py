@@ -19,7 +19,6 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +42,11 @@ _ENOUGH = 3
 
 @dataclass(frozen=True)
 class _Part:
-    """Of one update: how far it moves each buffer, and its values, in the file at ``path``. ``clips``: by how
-    much it is scaled, where that is known, as in a replay.
-    """
+    """Of one update: how far it moves each buffer, and its values, in the file at ``path``."""
 
     update: JudgedUpdate
-    samples: int
     moved: dict[str, float]
     path: Path
-    clips: Mapping[str, float] | None
 
 
 class BufferSum:
@@ -79,23 +74,15 @@ class BufferSum:
                 raise DataError(f"the buffer {name} holds values that are not finite")
         return found
 
-    def add(
-        self,
-        update: JudgedUpdate,
-        samples: int,
-        values: dict[str, Tensor],
-        clips: Mapping[str, float] | None,
-    ) -> None:
-        """Keep the ``values`` of an update beside its file until the round is closed. Each is multiplied as
-        ``clips`` say, where they are given.
-        """
+    def add(self, update: JudgedUpdate, values: dict[str, Tensor]) -> None:
+        """Keep the ``values`` of an update beside its file until the round is closed."""
         if not values:
             return
         # the next update may have a file of the same name
         beside = update.path.with_name(f"{update.path.name}.{len(self._parts)}.buffers")
         tensors.write(beside, values)
         moved = {name: _change(value, self._buffers[name]) for name, value in values.items()}
-        self._parts.append(_Part(update, samples, moved, beside, clips))
+        self._parts.append(_Part(update, moved, beside))
 
     def apply(self, total_weight: float) -> dict[str, dict[str, float]]:
         """Set the buffers to the round's; what was scaled, by worker and buffer. A new round begins."""
@@ -105,7 +92,7 @@ class BufferSum:
         constant: dict[str, Tensor] = {}
         scaled: dict[str, dict[str, float]] = {}
         for part in parts:
-            clips = self._judged(part, parts) if part.clips is None else dict(part.clips)
+            clips = self._judged(part, parts)
             if clips:
                 scaled[part.update.worker] = clips
             for name, kept in self._kept(part).items():
@@ -136,6 +123,9 @@ class BufferSum:
         return values
 
     def _judged(self, part: _Part, parts: list[_Part]) -> dict[str, float]:
+        if part.update.recorded is not None:
+            # an entry of an earlier version says nothing of them: they were believed
+            return part.update.recorded.buffer_clips or {}
         if self._ratio is None:
             return {}
         found = {}
@@ -145,7 +135,7 @@ class BufferSum:
             if dtype == torch.bool:
                 continue
             if not _is_averaged(dtype):
-                usual = max(usual, float(part.samples))
+                usual = max(usual, float(part.update.samples))
             if moved > self._ratio * usual:
                 found[name] = usual / moved
         if found:

@@ -91,7 +91,8 @@ class OuterStep:
 
         Raises :class:`Refused` (``duplicate``, ``invalid``) before anything was added.
         """
-        clip = None if recorded is None else recorded.clip
+        if recorded is not None and recorded.clip is None:
+            recorded = None
         if worker in self.contributors:
             raise Refused("duplicate", "this round already has an update of this worker", worker)
         if samples <= 0:
@@ -103,19 +104,18 @@ class OuterStep:
                 norm, sketch = self._norm(update)
                 buffers = self._buffers.read(update)
                 weight = 1.0 if self._uniform else float(samples)
-                part = JudgedUpdate(worker, norm, sketch, weight, path.stat().st_size, path)
-                waits = clip is None and not self._limit.is_known
+                size = path.stat().st_size
+                part = JudgedUpdate(worker, samples, norm, sketch, weight, size, path, recorded)
+                waits = recorded is None and not self._limit.is_known
                 if not waits:
-                    self._accumulate(update, part, self._clip(part) if clip is None else clip)
+                    self._accumulate(update, part)
         except DataError as exc:
             raise Refused("invalid", str(exc), worker) from exc
         if waits:
             aside = path.with_name(f"{path.name}.aside")
             path.rename(aside)
             self._aside.append(replace(part, path=aside))
-        # an entry of an earlier version says nothing of them: they were believed
-        clips = None if clip is None or recorded is None else recorded.buffer_clips or {}
-        self._buffers.add(part, samples, buffers, clips)
+        self._buffers.add(part, buffers)
         self._weight += weight
         self.contributors[worker] = samples
         if len(self._aside) >= MOST_ASIDE:
@@ -128,10 +128,12 @@ class OuterStep:
         self._limit.saw(part.norm for part in aside)
         for part in aside:
             with TensorFile(part.path) as file:
-                self._accumulate(UpdateFile(file, self.theta), part, self._clip(part))
+                self._accumulate(UpdateFile(file, self.theta), part)
             part.path.unlink()
 
     def _clip(self, part: JudgedUpdate) -> float:
+        if part.recorded is not None and part.recorded.clip is not None:
+            return part.recorded.clip
         clip = self._limit.clip(part.norm)
         if clip < 1.0:
             logger.warning(
@@ -171,7 +173,8 @@ class OuterStep:
             total.add_(sketch)
         return math.sqrt(squares), total
 
-    def _accumulate(self, update: UpdateFile, judged: JudgedUpdate, clip: float) -> None:
+    def _accumulate(self, update: UpdateFile, judged: JudgedUpdate) -> None:
+        clip = self._clip(judged)
         weight, first, self._added = judged.weight * clip, not self._added, True
         self._agreement.accept(judged, clip)
         for name, value in self.theta.parameters.items():

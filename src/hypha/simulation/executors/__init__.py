@@ -1,3 +1,3 @@
-"""Executors of a simulated world: tasks that speak the bridge's messages and train a toy model with the real
-outer step.
+"""Executors of a simulated world: the code of real ones, as tasks, on a toy model, with the handlers of their
+worker in place of HTTP.
 """

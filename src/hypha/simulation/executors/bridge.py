@@ -5,8 +5,9 @@ that may die.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -18,7 +19,6 @@ from hypha.messages import (
     Directive,
     Event,
     FetchedFile,
-    Job,
     Progress,
     ReceivedFile,
     Reference,
@@ -26,6 +26,7 @@ from hypha.messages import (
     Sent,
 )
 from hypha.node import Changes
+from hypha.simulation.executors.tasks import Tasks
 from hypha.simulation.process import SimulatedProcess
 from hypha.worker.bridge.feeds import Feed
 from hypha.worker.bridge.server import BridgeHandlers
@@ -39,10 +40,16 @@ _FLUSH_S = 3.0
 
 
 class Bridge:
-    """An executor's end of it: calls run in the worker's process, events go there in order."""
+    """An executor's end of it, whose tasks are in ``nursery``: calls run in the worker's process, events go
+    there in order.
+    """
 
-    def __init__(self, handlers: BridgeHandlers, worker: SimulatedProcess, directory: Path) -> None:
+    def __init__(
+        self, handlers: BridgeHandlers, worker: SimulatedProcess, directory: Path, nursery: trio.Nursery
+    ) -> None:
         self.directory = directory
+        self.threads = Tasks(nursery)
+        self._nursery = nursery
         self._handlers = handlers
         self._worker = worker
         self._events: deque[Event] = deque()
@@ -50,12 +57,8 @@ class Bridge:
 
     @property
     def client(self) -> BridgeClient:
-        """For those parts of real executors that report over it, and make no calls."""
+        """As real executors know it."""
         return cast("BridgeClient", self)
-
-    @property
-    def job(self) -> Job:
-        return self._handlers.job
 
     async def fetch(self, reference: Reference) -> list[tuple[Path, FetchedFile]]:
         """Have the worker fetch ``reference``. Raises Refused and PeerUnreachable."""
@@ -73,6 +76,9 @@ class Bridge:
             raise
         except NetworkError as exc:
             raise PeerUnreachable("behind the bridge", str(exc)) from exc
+
+    async def patiently(self, call: Coroutine[Any, Any, T]) -> T:
+        return await call
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.directory).as_posix()
@@ -106,13 +112,14 @@ class Bridge:
             while self._events:
                 await self._changed.wait()
 
-    async def directives(self, handler: Callable[[Directive], None]) -> None:
-        """Call ``handler`` for each, until cancelled."""
-        await self._follow(self._handlers.directives.open, handler)
+    def directives(self, handler: Callable[[Directive], None]) -> None:
+        """Call ``handler`` for each from now on."""
+        self._nursery.start_soon(self._follow, self._handlers.directives.open, handler)
 
-    async def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
-        """Call ``handler`` for each file that arrives, until cancelled."""
-        await self._follow(lambda: self._handlers.arrivals.open(frozenset(kinds)), handler)
+    def receive(self, kinds: tuple[str, ...], handler: Callable[[ReceivedFile], None]) -> None:
+        """Call ``handler`` for each file that arrives."""
+        open_ = partial(self._handlers.arrivals.open, frozenset(kinds))
+        self._nursery.start_soon(self._follow, open_, handler)
 
     async def _follow(
         self, open_: Callable[[], AbstractContextManager[Feed[Any]]], handler: Callable[[Any], None]

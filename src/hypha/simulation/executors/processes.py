@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from hypha.errors import HyphaError, leaves
+from hypha.errors import HyphaError
 from hypha.executor.running import kind_of
 from hypha.messages import (
     Alive,
@@ -111,30 +111,27 @@ class SimulatedExecutors:
         worker = this_process().parent
         if worker is None:
             raise LookupError("an executor is a child of its worker")
-        bridge = Bridge(handlers, worker, directory)
         code, tail = 0, ""
         async with trio.open_nursery() as nursery:
+            bridge = Bridge(handlers, worker, directory, nursery)
             nursery.start_soon(bridge.run)
             nursery.start_soon(_report_alive, bridge)
             try:
                 await trio.sleep(self._load_s())
-                job = bridge.job
+                job = handlers.job
                 while isinstance(job, TrainJob) and "never-load" in self._lies:  # noqa: ASYNC110
                     await trio.sleep(_ALIVE_S)
-                async with trio.open_nursery() as work:
-                    if isinstance(job, TrainJob):
-                        process = this_process()
+                if isinstance(job, TrainJob):
+                    process = this_process()
 
-                        def batch_s() -> float:
-                            stalled_s = self.stalled.get(process, 0.0) - trio.current_time()
-                            return max(stalled_s, self._batch_s())
+                    def batch_s() -> float:
+                        stalled_s = self.stalled.get(process, 0.0) - trio.current_time()
+                        return max(stalled_s, self._batch_s())
 
-                        await SimulatedTrainer(bridge, job, batch_s, self._lies).serve(work)
-                    else:
-                        await SimulatedParameterServer(bridge, job, work, 0.01).serve()
-                    work.cancel_scope.cancel()
-            except* (HyphaError, OSError) as group:
-                exc = leaves(group)[0]
+                    await SimulatedTrainer(bridge, job, batch_s, self._lies).run()
+                else:
+                    await SimulatedParameterServer(bridge, job, 0.01).run()
+            except (HyphaError, OSError) as exc:
                 tail = f"{type(exc).__name__}: {exc}"
                 bridge.report(ExecutorError(kind=kind_of(exc), message=str(exc)))
                 code = exc.exit_code if isinstance(exc, HyphaError) else 1
