@@ -35,7 +35,7 @@ from hypha.files.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
-    from hypha.config.reading.layers import Partial
+    from hypha.config.reading.layers import Settings
     from hypha.config.reading.loading import Flag
     from hypha.pki.identity import Identity
 
@@ -132,8 +132,10 @@ def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
     return [parse_setting(program.model, pair) for pair in pairs or ()]
 
 
-def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
-    """The component's configuration, its identity files checked too. Raises ConfigError."""
+def load(program: Program, config: Path | None, given: Sequence[Flag], warn: bool = False) -> Any:
+    """The component's configuration, its identity files checked too; ``warn``: of what will end soon is
+    warned, which else those do who go on to use them. Raises ConfigError.
+    """
     from hypha.config.environment import process_environment
     from hypha.config.otel import resolve_telemetry
     from hypha.config.reading.loading import load_config
@@ -141,11 +143,10 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     try:
         loaded = load_config(
-            program.model, path, given, checks=[lambda partial: _identity_problems(program, partial)]
+            program.model, path, given, checks=[lambda settings: _own_problems(program, settings, warn)]
         )
         # variables of one signal alone are no keys
         resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
-        _check_executors(loaded)
         return loaded
     except ConfigError as exc:
         if path is None:
@@ -183,46 +184,38 @@ def load_to_run(
     return load(program, config, [*flags, *settings(program, logs.set_)])
 
 
-def _check_executors(loaded: NodeConfig) -> None:
-    """ConfigError where a worker would offer what Hypha's own executors cannot do here, and fail each job."""
-    from hypha.config.models import WorkerConfig
+def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[Problem]:
+    """What is wrong with the identity files; and where a worker would offer what Hypha's own executors cannot
+    do here, so that each job would fail.
+    """
+    from hypha.pki.identity import IdentityFiles, load_identity
 
-    if not isinstance(loaded, WorkerConfig):
-        return
-    own = [index for index, executor in enumerate(loaded.executors) if executor.cmd is None]
+    own = [index for index, one in enumerate(settings.get("executors") or ()) if one.cmd is None]
     if own and importlib.util.find_spec("torch") is None:
         message = (
             "it has no cmd, so it is Hypha's own, and torch is not installed for it "
             "(pip install 'hypha-train[train]')"
         )
-        raise ConfigError([Problem(f"executors[{own[0]}]", message)])
-
-
-def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
-    from hypha.pki.identity import IdentityFiles, load_identity
-
-    files = [partial.get(key) for key in ("cert_pem", "key_pem", "trust_pem")]
-    if None in files:
+        yield Problem(f"executors[{own[0]}]", message)
+    cert, key, trust, crls = (settings.get(f"{one}_pem") for one in ("cert", "key", "trust", "crls"))
+    if None in (cert, key, trust):
         return
     try:
-        # whoever goes on to use it, or to tell what it is worth, warns
-        identity = load_identity(
-            IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")), warn=False
-        )
+        identity = load_identity(IdentityFiles(cert, key, trust, crls), warn=warn)
     except IdentityError as exc:
         yield from exc.problems
         return
     if identity.roles and program.name not in identity.roles:
         has = " and ".join(sorted(identity.roles))
         message = (
-            f"{files[0]}: the certificate is for the role {has}, and other nodes would refuse this "
+            f"{cert}: the certificate is for the role {has}, and other nodes would refuse this "
             f"{program.name}; make one with `hypha-certutil node --role {program.name}`"
         )
         yield Problem("cert_pem", message)
-    if not identity.roles and partial.get("require_roles") is not False:
+    if not identity.roles and settings.get("require_roles") is not False:
         message = (
-            f"{files[0]}: the certificate carries no role, and nodes with require_roles (the default) refuse "
-            f"it; give it one with `hypha-certutil renew {files[0]} --role {program.name} --ca-cert ... "
+            f"{cert}: the certificate carries no role, and nodes with require_roles (the default) refuse "
+            f"it; give it one with `hypha-certutil renew {cert} --role {program.name} --ca-cert ... "
             "--ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to be "
             "accepted"
         )
@@ -238,8 +231,7 @@ def validate_config(
     """Print OK, what ``describe`` says of it and what is advised. Raises ConfigError."""
     from hypha.config.advice import advice
 
-    loaded = load(program, config, given)
-    identity_of(loaded)
+    loaded = load(program, config, given, warn=True)
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
     for line in describe(loaded):
         typer.echo(line)
