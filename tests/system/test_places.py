@@ -71,7 +71,8 @@ async def test_a_job_goes_on_from_the_last_good_checkpoint_in_a_bucket(
         system.group.environment.update(environment)
         await system.gateway()
         await system.data("data", dataset)
-        allow = {"local": [f"{bucket}/checkpoints*"]}
+        places = [f"{bucket}/checkpoints*"]
+        allow = {"local_read": places, "local_write": places}
         workers = [await system.worker(f"worker-{number}", allow=allow) for number in range(2)]
         job = digits_job(None, 2, 12, output=f"{bucket}/digits")
         job["checkpoint"] = {"every_rounds": 2, "keep": 2, "place": f"{bucket}/checkpoints"}

@@ -26,7 +26,7 @@ CHECKPOINT = {"theta.safetensors": b"t" * 1000, "momentum.safetensors": b"m" * 1
 
 
 def allowance(*local: str) -> Allowance:
-    return Allowance(AllowConfig.model_validate({"local": list(local)}))
+    return Allowance(AllowConfig(local_read=list(local), local_write=list(local)))
 
 
 def checkpoint(directory: Path, number: int) -> Path:
@@ -132,7 +132,7 @@ from pathlib import Path
 from hypha.config.models import AllowConfig
 from hypha.worker.fetch.allowance import Allowance
 from hypha.worker.fetch.local import store_local
-rules = Allowance(AllowConfig.model_validate({"local": ["*"]}))
+rules = Allowance(AllowConfig(local_read=["*"], local_write=["*"]))
 trio.run(store_local, Path(sys.argv[1]), sys.argv[2], rules, "state.json", 2)
 """
 

@@ -183,8 +183,6 @@ class AllowConfig(Section):
     """path and fsspec URL patterns that may be read from: models, and checkpoints to go on from"""
     local_write: list[str] = []
     """path and fsspec URL patterns that checkpoints may be written to; list them in local_read as well"""
-    local: list[str] = []
-    """the earlier name of both, still taken for both: write local_read and local_write instead"""
     trust_remote_code: list[str] = []
     """repositories (and URLs, paths) whose own code may run"""
     entrypoints: list[str] = []

@@ -181,11 +181,6 @@ async def serve(
     """
     bind(worker_peer_id=node.peer_id)
     allowance = Allowance(config.allow, config.exclude_cidr)
-    if config.allow.local:
-        logger.warning(
-            "allow.local is the earlier name of two keys, and lets jobs both read and write what it lists: "
-            "write allow.local_read and allow.local_write instead."
-        )
     context = ExecutionContext(
         node=node,
         config=config,

@@ -45,8 +45,6 @@ class Allowance:
         self._excluded = ExcludedNetworks(exclude_cidr)
         self._uris = _parsed(config.uri)
         self._code = _parsed(config.trust_remote_code)
-        self._readable = (*config.local_read, *config.local)
-        self._writable = (*config.local_write, *config.local)
         self.max_file_bytes = int(config.max_file_gb * GB)
 
     def check_job(self, job: Job) -> None:
@@ -99,11 +97,11 @@ class Allowance:
 
     def read_local(self, url: str) -> Path | str:
         """The resolved path, or the fsspec URL as it is, to read from."""
-        return _local(url, self._readable, "allow.local_read")
+        return _local(url, self._config.local_read, "allow.local_read")
 
     def write_local(self, url: str) -> Path | str:
         """The same, to write to."""
-        return _local(url, self._writable, "allow.local_write")
+        return _local(url, self._config.local_write, "allow.local_write")
 
     def _check_code(self, model: ModelSpec) -> None:
         if model.entrypoint is not None:
