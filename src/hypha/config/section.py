@@ -5,7 +5,6 @@ what some of its values are: paths, URLs, small tables in one line of text.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict
@@ -27,9 +26,6 @@ class Section(BaseModel):
         # what a key means stands below its field, and from there in templates and in the tables of docs/
         use_attribute_docstrings=True,
     )
-
-    #: the key that is meant where text stands in place of the table, as earlier versions had it
-    shorthand: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)
