@@ -6,7 +6,6 @@ identity files that it names are looked at all the same.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from pydantic import ConfigDict
 from hypha.access import ROLES
 from hypha.config.job import JobConfig
 from hypha.config.models import COMPONENTS, LeafConfig, NodeConfig, SchedulerConfig, SchedulerSection
-from hypha.config.reading.loading import load_config
+from hypha.config.reading.loading import load_config, read_toml
 from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
@@ -55,7 +54,7 @@ def read_subject(path: Path | None, component: str | None = None, job: Path | No
     wanted = read_job(job) if job is not None else None
     if path is None:
         return Subject(component or "", job=wanted)
-    raw = _read(path)
+    _, raw = read_toml(path)
     name = component or component_of(raw, path)
     files = _identity_files(raw, path)
     try:
@@ -97,15 +96,6 @@ def own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
         return describe(files.cert).certificates[0]
     except (IdentityError, IndexError):
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as exc:
-        raise ConfigError([Problem("", f"it cannot be read: {exc.strerror}", str(path))]) from exc
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigError([Problem("", f"it is not TOML: {exc}", str(path))]) from exc
 
 
 def _identity_files(raw: dict[str, Any], path: Path) -> IdentityFiles | None:

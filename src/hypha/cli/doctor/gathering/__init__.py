@@ -22,6 +22,23 @@ def readable(text: str) -> str:
     return cleaned(text, _MOST)
 
 
+async def at_once(*finds: Callable[[], Awaitable[Any]]) -> list[Any]:
+    """What each of ``finds`` gives; all run at the same time."""
+    found: list[Any] = [None] * len(finds)
+
+    async def run(number: int) -> None:
+        found[number] = await finds[number]()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(finds)):
+            nursery.start_soon(run, number)
+    return found
+
+
+#: finds nothing, where there is nothing to look at
+nothing = trio.lowlevel.checkpoint
+
+
 class Gathering:
     """What could not be found out, so far."""
 

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from hypha.cli.doctor.gathered import (
     MachineObservations,
     ServiceObservations,
 )
-from hypha.cli.doctor.gathering import Gathering
+from hypha.cli.doctor.gathering import Gathering, at_once, nothing
 from hypha.cli.doctor.subject import own_certificate
 from hypha.config.environment import child_environment
 from hypha.config.job import JobConfig
@@ -38,7 +40,7 @@ from hypha.net.sockets import buffer_shortfalls
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.health import versions
-from hypha.worker.limits.detecting import DetectedMachine, detect
+from hypha.worker.limits.detecting import detect
 
 DISK_S = 30.0
 ACCELERATORS_S = 60.0
@@ -57,32 +59,19 @@ async def gather_machine(
     gathering: Gathering, config: NodeConfig | None, driver: Path = _DRIVER
 ) -> MachineObservations:
     """All of it; ``driver`` is where the kernel's NVIDIA module says its version."""
-    places = writing_places(config)
-    directories: dict[str, Directory | None] = {key: None for key, _ in places}
-    accelerators: Accelerators | None = None
-    has: DetectedMachine | None = None
-
-    async def look_at_disk(key: str, path: Path) -> None:
-        directories[key] = await gathering.in_thread(DISK_S, f"the disk of {key}", _directory, key, path)
-
-    async def look_at_accelerators() -> None:
-        nonlocal accelerators
-        accelerators = await gathering.within(
-            ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver)
-        )
-
-    async def look_at_resources(work_dir: Path) -> None:
-        nonlocal has
-        environment = child_environment()
-        has = await gathering.in_thread(DISK_S, "what this machine has", detect, work_dir, environment)
-
-    async with trio.open_nursery() as nursery:
-        for key, path in places:
-            nursery.start_soon(look_at_disk, key, path)
-        if isinstance(config, WorkerConfig):
-            nursery.start_soon(look_at_resources, config.work_dir)
-            if any(one.cmd is None for one in config.executors):
-                nursery.start_soon(look_at_accelerators)
+    disks = [
+        partial(gathering.in_thread, DISK_S, f"the disk of {key}", _directory, key, path)
+        for key, path in writing_places(config)
+    ]
+    resources: Callable[[], Awaitable[Any]] = nothing
+    torch: Callable[[], Awaitable[Any]] = nothing
+    if isinstance(config, WorkerConfig):
+        arguments = (detect, config.work_dir, child_environment())
+        resources = partial(gathering.in_thread, DISK_S, "what this machine has", *arguments)
+        if any(one.cmd is None for one in config.executors):
+            look = partial(read_accelerators, driver)
+            torch = partial(gathering.within, ACCELERATORS_S, "what torch can use", look)
+    has, accelerators, *directories = await at_once(resources, torch, *disks)
     return MachineObservations(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         receive_buffer=_largest("tcp_rmem"),
@@ -90,7 +79,7 @@ async def gather_machine(
         has=has,
         buffer_shortfalls=() if config is None else tuple(buffer_shortfalls(config.tuning.sockets)),
         versions=await in_thread(versions),
-        directories=tuple(one for one in directories.values() if one is not None),
+        directories=tuple(one for one in directories if one is not None),
         accelerators=accelerators,
     )
 

@@ -25,9 +25,9 @@ from hypha.cli.doctor.gathered import (
     Port,
     Provider,
 )
-from hypha.cli.doctor.gathering import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, at_once, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
-from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, gather_running, owned
+from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, owned, read_running
 from hypha.cli.doctor.subject import Subject
 from hypha.config.job import DatasetRef
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
@@ -87,8 +87,8 @@ async def gather_network(
         counted = None
         address, scheduler = config.http_address, subject.component == "scheduler"
         if address is not None and any(one.state == "own" and one.key == "http_address" for one in found):
-            counted = await gathering.within(
-                RUNNING_S, "what the running node counts", partial(gather_running, address, scheduler)
+            counted = await gathering.in_thread(
+                RUNNING_S, "what the running node counts", read_running, address, scheduler
             )
         return Observations(
             network=NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
@@ -217,18 +217,9 @@ async def gather_dataset(
     name = wanted.dataset
     refs = await node.find_providers(name)
     near = [] if refs else [one for one in _alike(name) if await node.find_providers(one)]
-    found: dict[str, Provider] = {}
-
-    async def look(ref: PeerRef) -> None:
-        found[ref.peer] = await _provider(node, ref, wanted, describe, pull)
-
-    async with trio.open_nursery() as nursery:
-        for ref in refs:
-            if ref.peer != node.peer_id:
-                nursery.start_soon(look, ref)
-    return DatasetObservations(
-        name, tuple(found[peer] for peer in sorted(found)), tuple(near), wanted.manifest_hash
-    )
+    others = sorted((ref for ref in refs if ref.peer != node.peer_id), key=lambda ref: ref.peer)
+    found = await at_once(*(partial(_provider, node, ref, wanted, describe, pull) for ref in others))
+    return DatasetObservations(name, tuple(found), tuple(near), wanted.manifest_hash)
 
 
 def _alike(name: str) -> list[str]:
