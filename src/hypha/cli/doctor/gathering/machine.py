@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -171,25 +172,20 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identit
     ends = {} if own is None else {"certificate": own.not_after}
     if identity is not None:
         ends |= identity.expirations()
-    roles = None if own is None else frozenset(own.roles)
+    mode: int | None = None
+    with suppress(OSError):
+        mode = stat.S_IMODE(files.key.stat().st_mode)
     observed = IdentityObservations(
         files=files,
         now=datetime.now(UTC),
         peer=identity.peer_id if identity is not None else (own.peer_id or "" if own is not None else ""),
-        roles=roles,
-        key_mode=_mode(files),
+        roles=None if own is None else frozenset(own.roles),
+        key_mode=mode,
         begins=None if own is None else own.not_before,
         ends=ends,
         problems=problems,
     )
     return observed, identity
-
-
-def _mode(files: IdentityFiles) -> int | None:
-    try:
-        return stat.S_IMODE(files.key.stat().st_mode)
-    except OSError:
-        return None
 
 
 def gather_served(config: DataConfig) -> ServiceObservations:
@@ -199,35 +195,26 @@ def gather_served(config: DataConfig) -> ServiceObservations:
     unusable: list[tuple[str, str]] = []
     for entry in entries:
         try:
-            names.append(_name_of(entry))
+            if (entry.path / MANIFEST_FILE).exists():
+                names.append(load_dataset_directory(entry.path, entry.name).name)
+            elif any(entry.path.glob(f"*{SUFFIX}")):
+                # the node makes a manifest when it starts, which takes its time
+                names.append(entry.name or entry.path.resolve().name)
+            else:
+                unusable.append((str(entry.path), f"it holds neither {MANIFEST_FILE} nor any slice"))
         except DataError as exc:
             unusable.append((str(entry.path), "; ".join(str(exc).splitlines())))
     return ServiceObservations(tuple(names), tuple(unusable))
-
-
-def _name_of(entry: DatasetConfig) -> str:
-    """Raises DataError where it cannot be served."""
-    if (entry.path / MANIFEST_FILE).exists():
-        return load_dataset_directory(entry.path, entry.name).name
-    if not any(entry.path.glob(f"*{SUFFIX}")):
-        raise DataError(f"it holds neither {MANIFEST_FILE} nor any slice")
-    # the node makes a manifest when it starts, which takes its time
-    return entry.name or entry.path.resolve().name
 
 
 def parameters_of(job: JobConfig) -> int | None:
     """Numbers in all tensors of the model's safetensors files, where its directory is here and has any."""
     if job.model.path is None or not job.model.path.is_dir():
         return None
-    counts = [_numbers(path) for path in sorted(job.model.path.glob("*.safetensors"))]
-    return sum(counts) or None
-
-
-def _numbers(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
+    count = 0
+    for path in job.model.path.glob("*.safetensors"):
+        with suppress(OSError, Undecodable, AttributeError, KeyError, TypeError), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header: Any = decode(json.loads, file.read(min(size, _MAX_HEADER_BYTES)))
-        return sum(math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__")
-    except (OSError, Undecodable, AttributeError, KeyError, TypeError):
-        return 0
+            count += sum(math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__")
+    return count or None

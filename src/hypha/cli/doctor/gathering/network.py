@@ -76,7 +76,12 @@ async def gather_network(
         )
         found = looked or tuple(ports)
         running = any(one.state == "own" for one in found)
-        gateways, others = await _contacts(node, gathering, config, peers)
+        if any(not one.startswith("/") for one in peers):
+            await gathering.within(JOIN_S, "who has the PeerIDs", lambda: _joined(node))
+        # one after the other: they would take each other's bandwidth
+        named = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
+        gateways = tuple([await look_at(node, gathering, address, gateway=True) for address in named])
+        others = tuple([await look_at(node, gathering, address) for address in peers])
         dialled = await _dialled(node, gathering, config, found, gateways, running)
         served = await _dataset(node, gathering, subject, dataset, gateways, running)
         data_nodes = [
@@ -95,17 +100,6 @@ async def gather_network(
             dataset=served,
             running=counted,
         )
-
-
-async def _contacts(
-    node: Libp2pNode, gathering: Gathering, config: NodeConfig, peers: Sequence[str]
-) -> tuple[tuple[Contact, ...], tuple[Contact, ...]]:
-    gateways = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
-    if any(not one.startswith("/") for one in peers):
-        await gathering.within(JOIN_S, "who has the PeerIDs", lambda: _joined(node))
-    # one after the other: they would take each other's bandwidth
-    found = [await look_at(node, gathering, address, gateway=True) for address in gateways]
-    return tuple(found), tuple([await look_at(node, gathering, address) for address in peers])
 
 
 async def _dialled(
@@ -239,15 +233,20 @@ def _alike(name: str) -> list[str]:
 async def _provider(
     node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, describe: bool, pull: bool
 ) -> Provider:
-    if not describe:
-        return await _reached(node, ref)
     try:
-        answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
+        if describe:
+            answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
+        else:
+            # as far as a node knows that may not ask
+            await node.connect(ref)
     except NetworkError as exc:
         refused = isinstance(exc, Refused) and exc.code in ("role", "not-allowed", "not-found")
         reason = exc.reason if isinstance(exc, Refused) else str(exc)
         return Provider(ref.peer, name_of(ref.peer), reason=readable(reason), refused=refused)
-    provider = Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
+    ways = {one.kind for one in node.connections() if one.peer == ref.peer}
+    provider = Provider(ref.peer, name_of(ref.peer), relayed=ways == {"relayed"})
+    if not describe:
+        return provider
     if (problem := Pins.of(wanted).problem(node, ref.peer)) is not None:
         return replace(provider, reason=f"it {problem}", refused=True)
     if not isinstance(answer, DatasetDescription):
@@ -260,20 +259,6 @@ async def _provider(
         largest_slice=max((one.size for one in answer.manifest.slices), default=0),
         rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest) if pull else None,
     )
-
-
-async def _reached(node: Libp2pNode, ref: PeerRef) -> Provider:
-    """As far as a node knows that may not ask."""
-    try:
-        await node.connect(ref)
-    except NetworkError as exc:
-        return Provider(ref.peer, name_of(ref.peer), reason=readable(str(exc)))
-    return Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
-
-
-def _relayed(node: Libp2pNode, peer: str) -> bool:
-    ways = {one.kind for one in node.connections() if one.peer == peer}
-    return ways == {"relayed"}
 
 
 async def _pull_rate(node: Libp2pNode, ref: PeerRef, name: str, manifest: Manifest) -> float | None:

@@ -86,15 +86,9 @@ def _failed(contact: Contact, severity: Severity) -> Iterator[Finding]:
     check = _FAILURES[contact.failure or "unreachable"]
     mend = None
     if contact.failure == "name":
-        mend = (
-            f"correct the name in gateway_addresses, or look at the resolver: `getent hosts {_host(contact)}`"
-        )
+        host = contact.address.split("/")[2]
+        mend = f"correct the name in gateway_addresses, or look at the resolver: `getent hosts {host}`"
     yield check.found(f"{contact.address}: {contact.reason}", mend, severity)
-
-
-def _host(contact: Contact) -> str:
-    parts = contact.address.split("/")
-    return parts[2] if len(parts) > 2 else contact.address
 
 
 def _gateway(contact: Contact) -> Iterator[Finding]:
@@ -176,7 +170,9 @@ def _way(contact: Contact, machine: MachineObservations, line: float | None) -> 
 def _buffers(contact: Contact, machine: MachineObservations, line: float | None) -> Iterator[Finding]:
     """Of a buffer a half holds data, the rest the kernel's own words of it (tcp_adv_win_scale)."""
     trip_s = min(contact.round_trips_s, default=math.inf)
-    if not (0 < trip_s < math.inf) or _is_here(contact):
+    # on this very machine nothing is ever on its way
+    here = any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
+    if here or not 0 < trip_s < math.inf:
         return
     for name, buffer, rate in (
         ("receive", machine.receive_buffer, contact.down),
@@ -198,11 +194,6 @@ def _buffers(contact: Contact, machine: MachineObservations, line: float | None)
                 f"{trip_s * 1000:.0f} ms to {contact.called}",
                 f'`sysctl -w net.ipv4.{key}="4096 {middle} {size}"`',
             )
-
-
-def _is_here(contact: Contact) -> bool:
-    """Whether it is on this very machine, where nothing is ever on its way."""
-    return any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
 
 
 def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
