@@ -83,9 +83,7 @@ class PaceOptions:
     """How workers train, and what leads to them."""
 
     workers: Annotated[int, typer.Option(min=1, help="Workers that train at once.")] = 2
-    batch_s: Annotated[
-        float, typer.Option("--batch-s", help="Seconds that a worker takes for one batch.")
-    ] = 0.5
+    batch_s: Annotated[float, typer.Option(help="Seconds that a worker takes for one batch.")] = 0.5
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 16
     mbit: Annotated[float, typer.Option(help="What one data node can send, in Mbit/s.")] = 100.0
     data_nodes: Annotated[int, typer.Option(min=1, help="Data nodes with this dataset.")] = 1

@@ -143,7 +143,7 @@ def run(
     ] = False,
     journal: Annotated[
         Path | None,
-        typer.Option("--journal", help="Append every event and decision to this file (JSON lines)."),
+        typer.Option(help="Append every event and decision to this file (JSON lines)."),
     ] = None,
 ) -> None:
     """Run the job to its end; SIGINT or SIGTERM stop it, and it resumes when run again."""
