@@ -24,8 +24,7 @@ from hypha.cli.options import (
     ConfigOption,
     IdentityOptions,
     InitOptions,
-    LogOptions,
-    NetworkOptions,
+    RunOptions,
     SetOption,
     with_options,
 )
@@ -156,32 +155,26 @@ def load(program: Program, config: Path | None, given: Sequence[Flag], warn: boo
         raise
 
 
-def load_to_run(
-    program: Program,
-    config: Path | None,
-    node: NetworkOptions,
-    logs: LogOptions,
-    *own: tuple[str, str, Any],
-) -> Any:
-    """As :func:`load`, with what was given to ``run``: its name, its key and its value."""
+def load_to_run(program: Program, options: RunOptions, *own: tuple[str, str, Any]) -> Any:
+    """As :func:`load`, with what was given to ``run``; of its ``own``: name, key and value."""
     from hypha.config.reading.loading import Flag
 
     given = (
-        ("--gateway", "gateway_addresses", node.gateway),
-        ("--listen", "listen_addresses", node.listen),
-        ("--external", "external_addresses", node.external),
-        ("--exclude-cidr", "exclude_cidr", node.exclude_cidr),
-        ("--http", "http_address", node.http),
+        ("--gateway", "gateway_addresses", options.gateway),
+        ("--listen", "listen_addresses", options.listen),
+        ("--external", "external_addresses", options.external),
+        ("--exclude-cidr", "exclude_cidr", options.exclude_cidr),
+        ("--http", "http_address", options.http),
         *own,
-        ("--log-level", "log_level", logs.log_level),
-        ("--log-format", "log_format", logs.log_format),
+        ("--log-level", "log_level", options.log_level),
+        ("--log-format", "log_format", options.log_format),
     )
     flags = [
         Flag(name, key, str(value) if isinstance(value, Path) else value)
         for name, key, value in given
         if value is not None and value != []
     ]
-    return load(program, config, [*flags, *settings(program, logs.set_)])
+    return load(program, options.config, [*flags, *settings(program, options.set_)])
 
 
 def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[Problem]:

@@ -76,9 +76,10 @@ class InitOptions(IdentityOptions, NetworkOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogOptions:
-    """What ``run`` overrides of the logs, and any other key."""
+class RunOptions(NetworkOptions):
+    """The configuration that a component runs with, and what of it is overridden."""
 
+    config: ConfigOption = None
     log_level: Annotated[
         str | None, typer.Option(help="A level, or a filter such as info,hypha_network=debug.")
     ] = None

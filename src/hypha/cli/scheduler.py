@@ -10,14 +10,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import (
-    ConfigOption,
-    InitOptions,
-    LogOptions,
-    NetworkOptions,
-    SetOption,
-    with_options,
-)
+from hypha.cli.options import ConfigOption, InitOptions, RunOptions, SetOption, with_options
 from hypha.cli.running import run_program, run_service
 from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
@@ -125,15 +118,12 @@ def _place(text: str) -> str | Path:
 @app.command()
 @with_options
 def run(
-    config: ConfigOption = None,
-    *,
-    node: NetworkOptions,
+    options: RunOptions,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,
     rounds: RoundsOption = None,
     workers: WorkersOption = None,
     batch_size: BatchOption = None,
-    logs: LogOptions,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
     ] = False,
@@ -150,9 +140,7 @@ def run(
     job = "scheduler.job"
     loaded = common.load_to_run(
         PROGRAM,
-        config,
-        node,
-        logs,
+        options,
         ("--state-dir", "state_dir", state_dir),
         ("--save-to", f"{job}.output", save_to),
         ("--rounds", f"{job}.rounds.update_rounds", rounds),
