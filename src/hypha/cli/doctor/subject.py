@@ -43,11 +43,6 @@ class Subject:
     problems: tuple[Problem, ...] = ()
     job: JobConfig | None = None
 
-    @property
-    def program(self) -> str:
-        """``hypha-worker`` and so on."""
-        return f"hypha-{self.component}" if self.component else "hypha"
-
 
 def read_subject(path: Path | None, component: str | None = None, job: Path | None = None) -> Subject:
     """Raises ConfigError: no file, no TOML, nobody's keys, or no job in ``job``."""

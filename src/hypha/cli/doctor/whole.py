@@ -90,8 +90,8 @@ def judge(subject: Subject, observed: Observations, line: float | None = None) -
 def _all(subject: Subject, observed: Observations, line: float | None) -> Iterator[Finding]:
     config, job = subject.config, subject.job
     for problem in subject.problems:
-        mend = f"correct it; `{subject.program} validate -c {subject.path}` checks it again"
-        yield checks.CONFIGURATION.found(str(problem).rstrip("."), mend)
+        what = str(problem).rstrip(".")
+        yield checks.CONFIGURATION.found(what, component=subject.component, config=subject.path)
     yield from judge_machine(observed.machine, config)
     if observed.identity is not None:
         require_roles = config is None or config.require_roles

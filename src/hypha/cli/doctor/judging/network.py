@@ -8,7 +8,14 @@ from statistics import median
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.checks import Check, Finding, Severity
-from hypha.cli.doctor.gathered import Contact, Dialled, MachineObservations, NetworkObservations, Port
+from hypha.cli.doctor.gathered import (
+    Contact,
+    Dialled,
+    Failure,
+    MachineObservations,
+    NetworkObservations,
+    Port,
+)
 from hypha.config.models import NodeConfig, WorkerConfig
 
 MBIT = 10**6 / 8
@@ -28,7 +35,7 @@ AT_ITS_LIMIT = 0.7
 FAR_S = 0.02
 LEAST_MTU = 1280
 FULL = 0.9
-_FAILURES: dict[str, Check] = {
+_FAILURES: dict[Failure, Check] = {
     "name": checks.GATEWAY_NAME,
     "unreachable": checks.GATEWAY_UNREACHABLE,
     "other": checks.GATEWAY_OTHER,
@@ -50,10 +57,13 @@ def judge_network(
         yield from _port(port)
     reached = any(one.failure is None for one in observed.gateways)
     for gateway in observed.gateways:
-        if gateway.failure is not None:
-            yield from _failed(gateway, "warning" if reached else "error")
-        else:
+        if gateway.failure is None:
             yield from _gateway(gateway)
+            continue
+        what = f"{gateway.address}: {gateway.reason}"
+        host = gateway.address.removeprefix("/").partition("/")[2].partition("/")[0]
+        severity: Severity = "warning" if reached else "error"
+        yield _FAILURES[gateway.failure].found(what, severity=severity, name=host)
     for peer in observed.peers:
         if peer.failure is not None:
             yield checks.PEER_UNREACHABLE.found(f"{peer.address}: {peer.reason}")
@@ -73,22 +83,13 @@ def _port(port: Port) -> Iterator[Finding]:
     if port.state == "other":
         yield checks.PORT_IN_USE.found(
             f"{port.key} {port.address}: {port.why or 'another process listens there'}",
-            f"`ss -ltnp 'sport = :{number}'` names it; end it, or choose another port in {port.key}",
+            port=number,
         )
     elif port.state == "foreign":
         yield checks.PORT_IN_USE.found(
             f"{port.key} {port.address}: {port.why}",
             f"write an address of this machine into {port.key} (`ip -brief address`), or 0.0.0.0",
         )
-
-
-def _failed(contact: Contact, severity: Severity) -> Iterator[Finding]:
-    check = _FAILURES[contact.failure or "unreachable"]
-    mend = None
-    if contact.failure == "name":
-        host = contact.address.split("/")[2]
-        mend = f"correct the name in gateway_addresses, or look at the resolver: `getent hosts {host}`"
-    yield check.found(f"{contact.address}: {contact.reason}", mend, severity)
 
 
 def _gateway(contact: Contact) -> Iterator[Finding]:
@@ -206,7 +207,7 @@ def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
         yield checks.LEASE_SHORT.found(
             f"offer.lease_s is {config.offer.lease_s:g} s, which leaves {config.offer.lease_s / 4:g} s for a "
             f"renewal; pauses of {pause_s:.1f} s are to be expected here",
-            f"set offer.lease_s to at least {max(least_s, 30)} in the worker's configuration",
+            seconds=max(least_s, 30),
         )
 
 
