@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 from rich.console import Console, Group, RenderableType
@@ -35,6 +35,9 @@ from hypha.worker.processes.keepers import Launch, OwnExecutor
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
 
+if TYPE_CHECKING:
+    from hypha.cli.hypha import DemoOptions
+
 POLL_S = 0.2
 
 SNIPPET = """\
@@ -46,18 +49,6 @@ model = AutoModelForImageClassification.from_pretrained({model!r})
 images = torch.tensor(load_digits().images[:10, None] / 16, dtype=torch.float32)
 print(model(pixel_values=images).logits.argmax(dim=-1).tolist())
 """
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    workers: int
-    rounds: int
-    output: Path
-    summary: Path | None
-    directory: Path | None
-    keep: bool
-    #: the live page, in the user's browser
-    open: bool = False
 
 
 async def run_demo(options: DemoOptions) -> None:
