@@ -143,13 +143,14 @@ class Layer:
             return value
         if not many:
             return self._table(section, value, at) if isinstance(value, dict) else value
+
+        def entry(index: str | int, item: Value) -> Value:
+            return self._table(section, item, (*at, index)) if isinstance(item, dict) else item
+
+        if isinstance(value, list):
+            return [entry(index, item) for index, item in enumerate(value)]
         # in variables and flags entry by entry: EXECUTORS__0__NAME
-        numbered = value if isinstance(value, dict) else dict(enumerate(value))
-        entries = {
-            index: self._table(section, item, (*at, index)) if isinstance(item, dict) else item
-            for index, item in numbered.items()
-        }
-        return list(entries.values()) if isinstance(value, list) else entries
+        return {index: entry(index, item) for index, item in value.items()}
 
 
 class Settings:

@@ -13,6 +13,7 @@ from hypha.naming import cleaned
 from hypha.runtime import in_thread
 
 T = TypeVar("T")
+Find = Callable[[], Awaitable[Any]]
 #: of a sentence that a peer has written
 _MOST = 500
 
@@ -22,7 +23,7 @@ def readable(text: str) -> str:
     return cleaned(text, _MOST)
 
 
-async def at_once(*finds: Callable[[], Awaitable[Any]]) -> list[Any]:
+async def at_once(*finds: Find) -> list[Any]:
     """What each of ``finds`` gives; all run at the same time."""
     found: list[Any] = [None] * len(finds)
 
@@ -36,7 +37,7 @@ async def at_once(*finds: Callable[[], Awaitable[Any]]) -> list[Any]:
 
 
 #: finds nothing, where there is nothing to look at
-nothing = trio.lowlevel.checkpoint
+nothing: Find = trio.lowlevel.checkpoint
 
 
 class Gathering:

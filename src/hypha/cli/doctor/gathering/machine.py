@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -64,8 +63,7 @@ async def gather_machine(
         partial(gathering.in_thread, DISK_S, f"the disk of {key}", _directory, key, path)
         for key, path in writing_places(config)
     ]
-    resources: Callable[[], Awaitable[Any]] = nothing
-    torch: Callable[[], Awaitable[Any]] = nothing
+    resources, torch = nothing, nothing
     if isinstance(config, WorkerConfig):
         arguments = (detect, config.work_dir, child_environment())
         resources = partial(gathering.in_thread, DISK_S, "what this machine has", *arguments)
