@@ -249,7 +249,10 @@ def write_config(
     if output.exists() and not options.force:
         raise ConfigError(f"{output} exists; add --force to overwrite it, or choose another --output")
     values = {
-        key: _beside(output, value) if isinstance(value, Path) else value
+        # a path was typed relative to where we are
+        key: str(value if value.is_absolute() else os.path.relpath(value, output.parent))
+        if isinstance(value, Path)
+        else value
         for key, value in (keys | dict(given)).items()
         if value is not None and value != []
     }
@@ -296,11 +299,6 @@ def _local_http(program: Program, name: str | None) -> str:
     """
     number = re.search(r"(\d{1,3})$", name or "")
     return f"127.0.0.1:{HTTP_PORTS[program.name] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
-
-
-def _beside(output: Path, path: Path) -> str:
-    """``path``, typed relative to where we are, as it is to be written into ``output``."""
-    return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
 
 
 def excluded_for(

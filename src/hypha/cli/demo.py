@@ -11,7 +11,6 @@ import json
 import sys
 import webbrowser
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,17 +175,17 @@ def _hand_over(model: Path, output: Path) -> None:
 
 async def open_browser(url: str, console: Console) -> None:
     """Open ``url``; what prevents that is printed, and nothing worse comes of it."""
+
+    def opens() -> bool:
+        browser = webbrowser.get()
+        text = isinstance(browser, webbrowser.GenericBrowser)
+        if text and not isinstance(browser, webbrowser.BackgroundBrowser):
+            return False
+        return browser.open(url)
+
     try:
-        opened = await trio.to_thread.run_sync(partial(_open, url), abandon_on_cancel=True)
+        opened = await trio.to_thread.run_sync(opens, abandon_on_cancel=True)
     except (webbrowser.Error, OSError):
         opened = False
     if not opened:
         print_line(console, f"No browser with a window was found here; open {url} yourself.")
-
-
-def _open(url: str) -> bool:
-    browser = webbrowser.get()
-    text = isinstance(browser, webbrowser.GenericBrowser)
-    if text and not isinstance(browser, webbrowser.BackgroundBrowser):
-        return False
-    return browser.open(url)

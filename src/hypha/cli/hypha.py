@@ -137,7 +137,7 @@ def doctor(
     from hypha.access import ROLES
     from hypha.cli.doctor.checks import exit_code_of
     from hypha.cli.doctor.subject import read_subject
-    from hypha.cli.doctor.whole import as_json, gather, judge, show
+    from hypha.cli.doctor.whole import gather, judge, show, show_json
     from hypha.config.job import DatasetRef
     from hypha.config.reading.log_filter import parse_filter
     from hypha.telemetry.logs import configure_logging
@@ -165,7 +165,7 @@ def doctor(
         raise typer.Exit(code)
     findings = judge(subject, found[0], None if line_mbit is None else line_mbit * _MBIT)
     if json_:
-        typer.echo(as_json(subject, found[0], findings))
+        show_json(subject, found[0], findings)
     else:
         show(subject, found[0], findings)
     raise typer.Exit(exit_code_of(findings))

@@ -91,7 +91,7 @@ def init(
         f"{job}.rounds.avg_samples_between_updates": 1200,
         f"{job}.rounds.batch_size": batch_size or 16,
         f"{job}.resources.num_workers": workers,
-        f"{job}.output": _place(save_to) if save_to else "output",
+        f"{job}.output": Path(save_to) if save_to and "://" not in save_to else save_to or "output",
     }
     fill_in: dict[str, str] = {}
     if model is None and repository is None and entrypoint is None:
@@ -109,10 +109,6 @@ def _task_in(model: Path | None) -> str:
         described = {}
     named = described.get("architectures") if isinstance(described, dict) else None
     return task_of(named) or "image-classification"
-
-
-def _place(text: str) -> str | Path:
-    return text if "://" in text else Path(text)
 
 
 @app.command()

@@ -10,17 +10,13 @@ from urllib.parse import unquote
 from pydantic import BaseModel, ConfigDict
 
 
-def _hyphen(name: str) -> str:
-    return name.replace("_", "-")
-
-
 class Section(BaseModel):
     """A table of the file: frozen, no unknown keys, ``a_b`` or ``a-b``."""
 
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        alias_generator=_hyphen,
+        alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
         allow_inf_nan=False,
         # what a key means stands below its field, and from there in templates and in the tables of docs/

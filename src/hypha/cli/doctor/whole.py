@@ -23,7 +23,7 @@ from hypha.cli.doctor.judging.job import judge_dataset, judge_job, judge_offers,
 from hypha.cli.doctor.judging.machine import judge_identity, judge_machine, judge_versions
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.cli.doctor.subject import Subject
-from hypha.cli.printing import shown
+from hypha.cli.printing import print_json, shown
 from hypha.config.job import DatasetRef
 from hypha.config.models import DataConfig, WorkerConfig
 from hypha.naming import named
@@ -178,15 +178,14 @@ def _mbit(rate: float) -> str:
 def _contact(contact: Contact) -> str:
     if contact.failure is not None:
         return f"NOT reached: {contact.reason}"
-    trips = [one for one in contact.round_trips_s if math.isfinite(one)]
     words = [contact.name or contact.peer, contact.component]
-    words += [f"{min(trips) * 1000:.1f} ms"] if trips else []
+    words += [f"{contact.round_trip_s * 1000:.1f} ms"] if contact.round_trip_s is not None else []
     words += [f"{_mbit(contact.up)} up"] if contact.up is not None else []
     words += [f"{_mbit(contact.down)} down at least"] if contact.down is not None else []
     return f"{'reached through a relay' if contact.relayed else 'reached'}: {', '.join(filter(None, words))}"
 
 
-def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> str:
+def show_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> None:
     """One object; numbers that are not finite are null."""
     listed = [
         {
@@ -206,4 +205,4 @@ def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding
         "findings": listed,
         "facts": msgspec.to_builtins(observed, enc_hook=str),
     }
-    return msgspec.json.format(msgspec.json.encode(whole, order="sorted"), indent=2).decode()
+    print_json(whole)

@@ -47,14 +47,6 @@ def section_in(model: type[Section], name: str) -> tuple[type[Section] | None, b
     return None, False
 
 
-def place_words(model: type[Section], name: str) -> tuple[str, ...] | None:
-    """``None`` when the field is no path, else the words that are none although it is one."""
-    info = model.model_fields[name]
-    if Path in _alternatives(info.annotation):
-        return ()
-    return next((mark.words for mark in info.metadata if isinstance(mark, PathOrUrl)), None)
-
-
 #: What pydantic adds to a location to say which member of a union it tried.
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "none"})
 
@@ -134,8 +126,10 @@ class Layer:
         return tree
 
     def _field(self, model: type[Section], name: str, value: Value, at: KeyPath) -> Value:
-        words = place_words(model, name)
-        if isinstance(value, str) and words is not None and value not in words and "://" not in value:
+        info = model.model_fields[name]
+        marks = [mark for mark in info.metadata if isinstance(mark, PathOrUrl)]
+        place = Path in _alternatives(info.annotation) or (marks and value not in marks[0].words)
+        if place and isinstance(value, str) and "://" not in value:
             expanded = Path(value).expanduser()
             return str(expanded if self._base is None else self._base / expanded)
         section, many = section_in(model, name)

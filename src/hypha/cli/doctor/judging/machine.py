@@ -46,7 +46,14 @@ _ENDING = {
 
 def judge_machine(observed: MachineObservations, config: NodeConfig | None) -> Iterator[Finding]:
     """All of it; ``config`` says what the node wants of the machine."""
-    yield from _files(observed, config)
+    if observed.open_files is not None and config is not None:
+        gateway = isinstance(config, GatewayConfig)
+        needed = OTHER_FILES + config.max_connections if gateway else LEAF_FILES
+        wants = f"max_connections is {config.max_connections}" if gateway else f"a node needs some {needed}"
+        if observed.open_files < needed:
+            yield checks.FILE_DESCRIPTORS.found(
+                f"{observed.open_files} files may be open (`ulimit -n`), and {wants}"
+            )
     for shortfall in observed.buffer_shortfalls:
         what, _, mend = shortfall.partition("; ")
         yield checks.SOCKET_BUFFERS.found(what, mend)
@@ -58,18 +65,6 @@ def judge_machine(observed: MachineObservations, config: NodeConfig | None) -> I
         wanted = config.resources.gpu if isinstance(config, WorkerConfig) else 0.0
         gpus = observed.has.gpus if observed.has is not None else ()
         yield from _accelerators(observed.accelerators, wanted, gpus)
-
-
-def _files(observed: MachineObservations, config: NodeConfig | None) -> Iterator[Finding]:
-    if observed.open_files is None or config is None:
-        return
-    gateway = isinstance(config, GatewayConfig)
-    needed = OTHER_FILES + config.max_connections if gateway else LEAF_FILES
-    if observed.open_files < needed:
-        wants = f"max_connections is {config.max_connections}" if gateway else f"a node needs some {needed}"
-        yield checks.FILE_DESCRIPTORS.found(
-            f"{observed.open_files} files may be open (`ulimit -n`), and {wants}"
-        )
 
 
 def _directory(directory: Directory) -> Iterator[Finding]:

@@ -125,11 +125,8 @@ def _clock(contacts: list[Contact]) -> Iterator[Finding]:
     """One finding: with several peers that agree it is this clock that is wrong."""
     skews = []
     for contact in contacts:
-        if contact.clock_s is not None:
-            trip_s = min(contact.round_trips_s, default=0.0)
-            beyond_s = abs(contact.clock_s) - (trip_s if math.isfinite(trip_s) else 0.0)
-            if beyond_s > SKEW_S:
-                skews.append((contact.clock_s, contact))
+        if abs(contact.clock_s or 0.0) - (contact.round_trip_s or 0.0) > SKEW_S:
+            skews.append((contact.clock_s or 0.0, contact))
     if not skews:
         return
     known = [one for one in contacts if one.clock_s is not None]
@@ -170,10 +167,10 @@ def _way(contact: Contact, machine: MachineObservations, line: float | None) -> 
 
 def _buffers(contact: Contact, machine: MachineObservations, line: float | None) -> Iterator[Finding]:
     """Of a buffer a half holds data, the rest the kernel's own words of it (tcp_adv_win_scale)."""
-    trip_s = min(contact.round_trips_s, default=math.inf)
+    trip_s = contact.round_trip_s
     # on this very machine nothing is ever on its way
     here = any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
-    if here or not 0 < trip_s < math.inf:
+    if here or not trip_s:
         return
     for name, buffer, rate in (
         ("receive", machine.receive_buffer, contact.down),
