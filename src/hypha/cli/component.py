@@ -28,7 +28,7 @@ from hypha.cli.options import (
     SetOption,
     with_options,
 )
-from hypha.cli.running import identity_of
+from hypha.cli.running import files_in, identity_of
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.files.staging import write_whole
 
@@ -181,7 +181,7 @@ def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[
     """What is wrong with the identity files; and where a worker would offer what Hypha's own executors cannot
     do here, so that each job would fail.
     """
-    from hypha.pki.identity import IdentityFiles, load_identity
+    from hypha.pki.identity import load_identity
 
     own = [index for index, one in enumerate(settings.get("executors") or ()) if one.cmd is None]
     if own and importlib.util.find_spec("torch") is None:
@@ -190,25 +190,24 @@ def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[
             "(pip install 'hypha-train[train]')"
         )
         yield Problem(f"executors[{own[0]}]", message)
-    cert, key, trust, crls = (settings.get(f"{one}_pem") for one in ("cert", "key", "trust", "crls"))
-    if None in (cert, key, trust):
+    if (files := files_in(settings)) is None:
         return
     try:
-        identity = load_identity(IdentityFiles(cert, key, trust, crls), warn=warn)
+        identity = load_identity(files, warn=warn)
     except IdentityError as exc:
         yield from exc.problems
         return
     if identity.roles and program.name not in identity.roles:
         has = " and ".join(sorted(identity.roles))
         message = (
-            f"{cert}: the certificate is for the role {has}, and other nodes would refuse this "
+            f"{files.cert}: the certificate is for the role {has}, and other nodes would refuse this "
             f"{program.name}; make one with `hypha-certutil node --role {program.name}`"
         )
         yield Problem("cert_pem", message)
     if not identity.roles and settings.get("require_roles") is not False:
         message = (
-            f"{cert}: the certificate carries no role, and nodes with require_roles (the default) refuse "
-            f"it; give it one with `hypha-certutil renew {cert} --role {program.name} --ca-cert ... "
+            f"{files.cert}: the certificate carries no role, and nodes with require_roles (the default) "
+            f"refuse it; give it one with `hypha-certutil renew {files.cert} --role {program.name} --ca-cert ... "
             "--ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to be "
             "accepted"
         )

@@ -6,15 +6,17 @@ identity files that it names are looked at all the same.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 
 from hypha.access import ROLES
+from hypha.cli.running import files_in
 from hypha.config.job import JobConfig
 from hypha.config.models import COMPONENTS, LeafConfig, NodeConfig, SchedulerConfig, SchedulerSection
+from hypha.config.reading.layers import Layer, Settings
 from hypha.config.reading.loading import load_config, read_toml
 from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
@@ -50,8 +52,10 @@ def read_subject(path: Path | None, component: str | None = None, job: Path | No
     if path is None:
         return Subject(component or "", job=wanted)
     _, raw = read_toml(path)
-    name = component or component_of(raw, path)
-    files = _identity_files(raw, path)
+    settings = Settings(NodeConfig)
+    settings.add(Layer(NodeConfig, raw, str(path), base=path.absolute().parent))
+    files = files_in(settings)
+    name = component or component_of(raw, files, path)
     try:
         config = load_config(COMPONENTS[name], path)
     except ConfigError as exc:
@@ -67,7 +71,7 @@ def read_job(path: Path) -> JobConfig:
     return load_config(_JobFile, path).scheduler.job
 
 
-def component_of(raw: dict[str, Any], path: Path) -> str:
+def component_of(raw: Iterable[str], files: IdentityFiles | None, path: Path) -> str:
     """Of the component which alone knows the most of its keys, else of its certificate's role."""
     keys = {key.replace("-", "_") for key in raw}
     shared = set(LeafConfig.model_fields)
@@ -75,7 +79,6 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
     best, second = sorted(own, key=lambda name: -own[name])[:2]
     if own[best] > own[second]:
         return best
-    files = _identity_files(raw, path)
     certificate = None if files is None else own_certificate(files)
     if certificate is not None and len(roles := [one for one in certificate.roles if one in ROLES]) == 1:
         return roles[0]
@@ -91,14 +94,3 @@ def own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
         return describe(files.cert).certificates[0]
     except (IdentityError, IndexError):
         return None
-
-
-def _identity_files(raw: dict[str, Any], path: Path) -> IdentityFiles | None:
-    """As the file itself names them, whatever else is wrong in it."""
-    base = path.absolute().parent
-    named = {key.replace("-", "_"): value for key, value in raw.items() if isinstance(value, str)}
-    found = [base / named[key] for key in ("cert_pem", "key_pem", "trust_pem") if key in named]
-    if len(found) != 3:
-        return None
-    crls = base / named["crls_pem"] if "crls_pem" in named else None
-    return IdentityFiles(found[0], found[1], found[2], crls)
