@@ -207,9 +207,9 @@ def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[
     if not identity.roles and settings.get("require_roles") is not False:
         message = (
             f"{files.cert}: the certificate carries no role, and nodes with require_roles (the default) "
-            f"refuse it; give it one with `hypha-certutil renew {files.cert} --role {program.name} --ca-cert ... "
-            "--ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to be "
-            "accepted"
+            f"refuse it; give it one with `hypha-certutil renew {files.cert} --role {program.name} --ca-cert "
+            "... --ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to "
+            "be accepted"
         )
         yield Problem("cert_pem", message)
 
