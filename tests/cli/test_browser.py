@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 from tests.support.polling import until
 
-from hypha.cli.demo import open_browser, show_on
+from hypha.cli.demo import open_browser
 
 URL = "http://127.0.0.1:9/"
 
@@ -24,8 +24,7 @@ async def shown(monkeypatch: pytest.MonkeyPatch, browser: webbrowser.BaseBrowser
 
     monkeypatch.setattr(webbrowser, "get", get)
     console = Console(file=io.StringIO())
-    with show_on(console) as show:
-        await open_browser(URL, show)
+    await open_browser(URL, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert isinstance(text, str)
     return text

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from hypha.cli.demo import Show
-from hypha.cli.job.status import status_panel
+from hypha.cli.job.status import headline, live_view, status_panel
 from hypha.cli.probing import Found, show_report
 from hypha.features import features_of
 from hypha.messages import HealthReport
@@ -59,9 +58,12 @@ def test_a_job_is_shown_as_it_is_written(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_the_demo_shows_a_job_as_it_is_written(text: str) -> None:
-    shown = on_terminal(lambda console: Show(console, None).job(job(text)))
-    assert shown.count(text.replace("\x1b", "\ufffd")) == 2
+def test_a_job_is_followed_as_it_is_written(text: str) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with live_view(console, headline) as show:
+        show(job(text))
+    # name and message in a line, and the name at the end
+    assert console.file.getvalue().count(text.replace("\x1b", "\ufffd")) == 3  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -150,13 +150,10 @@ def test_hyphens_everywhere(tmp_path: Path) -> None:
     assert (config.work_dir, config.offer.temporary_lease_s) == (Path("/w"), 7)
 
 
-def test_limits_may_be_the_enforcement_alone_as_in_earlier_versions(tmp_path: Path) -> None:
-    file = write(tmp_path, 'limits = "cgroup"\n' + GOOD)
-    config = load_config(WorkerConfig, file, environ={"HYPHA_LIMITS__UPLOAD_MBIT": "5"})
-    assert (config.limits.enforce, config.limits.upload_mbit) == ("cgroup", 5)
-    assert load_config(WorkerConfig, file, environ={"HYPHA_LIMITS": "none"}).limits.enforce == "none"
-    assert problems(WorkerConfig, write(tmp_path, 'limits = "much"\n' + GOOD)) == [
-        "config.toml:1: limits.enforce: it should be 'auto', 'cgroup', 'rlimit' or 'none', not 'much'"
+def test_text_in_place_of_a_table(tmp_path: Path) -> None:
+    assert problems(WorkerConfig, write(tmp_path, 'limits = "cgroup"\n' + GOOD)) == [
+        "config.toml:1: limits: it should be a valid dictionary or instance of WorkerLimitsConfig, not "
+        "'cgroup'"
     ]
 
 

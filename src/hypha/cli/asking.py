@@ -97,7 +97,7 @@ async def ask_health(
 
 def ask_local(address: str, path: str, kind: type[T], token: str = "") -> T:
     """What its local HTTP answers. Raises HyphaError: Unanswered, NotThere for a path that it has not."""
-    url, answer = _get(address, path, token)
+    url, answer = get_local(address, path, token)
     if answer.status_code == httpx.codes.UNAUTHORIZED:
         raise HyphaError(f"{url} asks for the token of its job's state directory: --token FILE")
     if answer.status_code == httpx.codes.NOT_FOUND:
@@ -112,14 +112,15 @@ def ask_local(address: str, path: str, kind: type[T], token: str = "") -> T:
 
 def local_health(address: str) -> HealthReport:
     """What the node whose local HTTP is at ``address`` says of its health, good or bad. Raises HyphaError."""
-    url, answer = _get(address, "health")
+    url, answer = get_local(address, "health")
     try:
         return decode_json(answer.content, HealthReport)
     except Undecodable as exc:
         raise HyphaError(f"{url} is not what a node says of its health: {exc}") from exc
 
 
-def _get(address: str, path: str, token: str = "") -> tuple[str, httpx.Response]:
+def get_local(address: str, path: str, token: str = "") -> tuple[str, httpx.Response]:
+    """The URL of ``path`` at local HTTP, and the answer, whatever its status. Raises Unanswered."""
     url = f"{address if '://' in address else f'http://{address}'}".rstrip("/") + f"/{path}"
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:

@@ -24,18 +24,17 @@ from hypha.cli.options import (
     ConfigOption,
     IdentityOptions,
     InitOptions,
-    LogOptions,
-    NetworkOptions,
+    RunOptions,
     SetOption,
     with_options,
 )
-from hypha.cli.running import identity_of
+from hypha.cli.running import files_in, identity_of
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.files.staging import write_whole
 
 if TYPE_CHECKING:
     from hypha.config.models import NodeConfig
-    from hypha.config.reading.layers import Partial
+    from hypha.config.reading.layers import Settings
     from hypha.config.reading.loading import Flag
     from hypha.pki.identity import Identity
 
@@ -132,8 +131,10 @@ def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
     return [parse_setting(program.model, pair) for pair in pairs or ()]
 
 
-def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
-    """The component's configuration, its identity files checked too. Raises ConfigError."""
+def load(program: Program, config: Path | None, given: Sequence[Flag], warn: bool = False) -> Any:
+    """The component's configuration, its identity files checked too; ``warn``: of what will end soon is
+    warned, which else those do who go on to use them. Raises ConfigError.
+    """
     from hypha.config.environment import process_environment
     from hypha.config.otel import resolve_telemetry
     from hypha.config.reading.loading import load_config
@@ -141,11 +142,10 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
     path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     try:
         loaded = load_config(
-            program.model, path, given, checks=[lambda partial: _identity_problems(program, partial)]
+            program.model, path, given, checks=[lambda settings: _own_problems(program, settings, warn)]
         )
         # variables of one signal alone are no keys
         resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
-        _check_executors(loaded)
         return loaded
     except ConfigError as exc:
         if path is None:
@@ -155,76 +155,61 @@ def load(program: Program, config: Path | None, given: Sequence[Flag]) -> Any:
         raise
 
 
-def load_to_run(
-    program: Program,
-    config: Path | None,
-    node: NetworkOptions,
-    logs: LogOptions,
-    *own: tuple[str, str, Any],
-) -> Any:
-    """As :func:`load`, with what was given to ``run``: its name, its key and its value."""
+def load_to_run(program: Program, options: RunOptions, *own: tuple[str, str, Any]) -> Any:
+    """As :func:`load`, with what was given to ``run``; of its ``own``: name, key and value."""
     from hypha.config.reading.loading import Flag
 
     given = (
-        ("--gateway", "gateway_addresses", node.gateway),
-        ("--listen", "listen_addresses", node.listen),
-        ("--external", "external_addresses", node.external),
-        ("--exclude-cidr", "exclude_cidr", node.exclude_cidr),
-        ("--http", "http_address", node.http),
+        ("--gateway", "gateway_addresses", options.gateway),
+        ("--listen", "listen_addresses", options.listen),
+        ("--external", "external_addresses", options.external),
+        ("--exclude-cidr", "exclude_cidr", options.exclude_cidr),
+        ("--http", "http_address", options.http),
         *own,
-        ("--log-level", "log_level", logs.log_level),
-        ("--log-format", "log_format", logs.log_format),
+        ("--log-level", "log_level", options.log_level),
+        ("--log-format", "log_format", options.log_format),
     )
     flags = [
         Flag(name, key, str(value) if isinstance(value, Path) else value)
         for name, key, value in given
         if value is not None and value != []
     ]
-    return load(program, config, [*flags, *settings(program, logs.set_)])
+    return load(program, options.config, [*flags, *settings(program, options.set_)])
 
 
-def _check_executors(loaded: NodeConfig) -> None:
-    """ConfigError where a worker would offer what Hypha's own executors cannot do here, and fail each job."""
-    from hypha.config.models import WorkerConfig
+def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[Problem]:
+    """What is wrong with the identity files; and where a worker would offer what Hypha's own executors cannot
+    do here, so that each job would fail.
+    """
+    from hypha.pki.identity import load_identity
 
-    if not isinstance(loaded, WorkerConfig):
-        return
-    own = [index for index, executor in enumerate(loaded.executors) if executor.cmd is None]
+    own = [index for index, one in enumerate(settings.get("executors") or ()) if one.cmd is None]
     if own and importlib.util.find_spec("torch") is None:
         message = (
             "it has no cmd, so it is Hypha's own, and torch is not installed for it "
             "(pip install 'hypha-train[train]')"
         )
-        raise ConfigError([Problem(f"executors[{own[0]}]", message)])
-
-
-def _identity_problems(program: Program, partial: Partial) -> Iterator[Problem]:
-    from hypha.pki.identity import IdentityFiles, load_identity
-
-    files = [partial.get(key) for key in ("cert_pem", "key_pem", "trust_pem")]
-    if None in files:
+        yield Problem(f"executors[{own[0]}]", message)
+    if (files := files_in(settings)) is None:
         return
     try:
-        # whoever goes on to use it, or to tell what it is worth, warns
-        identity = load_identity(
-            IdentityFiles(files[0], files[1], files[2], partial.get("crls_pem")), warn=False
-        )
+        identity = load_identity(files, warn=warn)
     except IdentityError as exc:
         yield from exc.problems
         return
     if identity.roles and program.name not in identity.roles:
         has = " and ".join(sorted(identity.roles))
         message = (
-            f"{files[0]}: the certificate is for the role {has}, and other nodes would refuse this "
+            f"{files.cert}: the certificate is for the role {has}, and other nodes would refuse this "
             f"{program.name}; make one with `hypha-certutil node --role {program.name}`"
         )
         yield Problem("cert_pem", message)
-    if not identity.roles and partial.get("require_roles") is not False:
+    if not identity.roles and settings.get("require_roles") is not False:
         message = (
-            f"{files[0]}: the certificate carries no role, and nodes with require_roles (the default) refuse "
-            f"it; give it one with `hypha-certutil renew {files[0]} --role {program.name} --ca-cert ... "
-            "--ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to be "
-            "accepted"
+            f"{files.cert}: the certificate carries no role, and nodes with require_roles (the default) "
+            f"refuse it; give it one with `hypha-certutil renew {files.cert} --role {program.name} --ca-cert "
+            "... --ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to "
+            "be accepted"
         )
         yield Problem("cert_pem", message)
 
@@ -238,8 +223,7 @@ def validate_config(
     """Print OK, what ``describe`` says of it and what is advised. Raises ConfigError."""
     from hypha.config.advice import advice
 
-    loaded = load(program, config, given)
-    identity_of(loaded)
+    loaded = load(program, config, given, warn=True)
     typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
     for line in describe(loaded):
         typer.echo(line)
@@ -264,7 +248,10 @@ def write_config(
     if output.exists() and not options.force:
         raise ConfigError(f"{output} exists; add --force to overwrite it, or choose another --output")
     values = {
-        key: _beside(output, value) if isinstance(value, Path) else value
+        # a path was typed relative to where we are
+        key: str(value if value.is_absolute() else os.path.relpath(value, output.parent))
+        if isinstance(value, Path)
+        else value
         for key, value in (keys | dict(given)).items()
         if value is not None and value != []
     }
@@ -311,11 +298,6 @@ def _local_http(program: Program, name: str | None) -> str:
     """
     number = re.search(r"(\d{1,3})$", name or "")
     return f"127.0.0.1:{HTTP_PORTS[program.name] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
-
-
-def _beside(output: Path, path: Path) -> str:
-    """``path``, typed relative to where we are, as it is to be written into ``output``."""
-    return str(path) if path.is_absolute() else os.path.relpath(path, output.parent)
 
 
 def excluded_for(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
+from hypha.cli.options import InitOptions, RunOptions, with_options
 from hypha.cli.running import run_program, run_service
 from hypha.errors import ConfigError, DataError, Problem
 
@@ -34,10 +34,7 @@ def _datasets(paths: list[Path] | None) -> dict[str, object]:
 
 @app.command()
 @with_options
-def init(
-    options: InitOptions,
-    dataset_path: DatasetPathOption = None,
-) -> None:
+def init(options: InitOptions, dataset_path: DatasetPathOption = None) -> None:
     """Write a configuration file with every key, its default and what it means."""
     fill_in = {} if dataset_path else {"dataset_path": "a directory made by `hypha-data prepare`"}
     common.write_config(PROGRAM, options, _datasets(dataset_path or [Path("dataset")]), fill_in)
@@ -45,16 +42,10 @@ def init(
 
 @app.command()
 @with_options
-def run(
-    config: ConfigOption = None,
-    *,
-    node: NetworkOptions,
-    dataset_path: DatasetPathOption = None,
-    logs: LogOptions,
-) -> None:
+def run(options: RunOptions, dataset_path: DatasetPathOption = None) -> None:
     """Serve datasets until SIGINT or SIGTERM."""
     served = next(iter(_datasets(dataset_path).items())) if dataset_path else ("dataset_path", None)
-    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--dataset-path", *served))
+    loaded = common.load_to_run(PROGRAM, options, ("--dataset-path", *served))
     from hypha.data import run_data
 
     raise typer.Exit(run_service("hypha-data", loaded, lambda: run_data(loaded)))
@@ -83,9 +74,7 @@ class PaceOptions:
     """How workers train, and what leads to them."""
 
     workers: Annotated[int, typer.Option(min=1, help="Workers that train at once.")] = 2
-    batch_s: Annotated[
-        float, typer.Option("--batch-s", help="Seconds that a worker takes for one batch.")
-    ] = 0.5
+    batch_s: Annotated[float, typer.Option(help="Seconds that a worker takes for one batch.")] = 0.5
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a batch.")] = 16
     mbit: Annotated[float, typer.Option(help="What one data node can send, in Mbit/s.")] = 100.0
     data_nodes: Annotated[int, typer.Option(min=1, help="Data nodes with this dataset.")] = 1

@@ -10,19 +10,14 @@ from __future__ import annotations
 import json
 import sys
 import webbrowser
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.text import Text
+from rich.console import Console
 
-from hypha.cli.job.status import headline, job_panel
+from hypha.cli.job.status import live_view
 from hypha.cli.local.children import GRACE_S, Child, NetworkFailed
 from hypha.cli.local.network import HOST, NO_ANSWER, Network, open_network
 from hypha.cli.local.workplace import DATASET, clean_environment, digits_job, open_directory, prepare_digits
@@ -30,10 +25,12 @@ from hypha.cli.printing import print_line, write_text
 from hypha.config.environment import child_environment
 from hypha.errors import OutputError
 from hypha.files.staging import StagedDirectory
-from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
+
+if TYPE_CHECKING:
+    from hypha.cli.hypha import DemoOptions
 
 POLL_S = 0.2
 
@@ -48,18 +45,6 @@ print(model(pixel_values=images).logits.argmax(dim=-1).tolist())
 """
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    workers: int
-    rounds: int
-    output: Path
-    summary: Path | None
-    directory: Path | None
-    keep: bool
-    #: the live page, in the user's browser
-    open: bool = False
-
-
 async def run_demo(options: DemoOptions) -> None:
     """Run it; raises HyphaError (NetworkFailed with the end of a log) when something fails."""
     began = trio.current_time()
@@ -67,8 +52,7 @@ async def run_demo(options: DemoOptions) -> None:
     _check_output(options.output)
     with open_directory("demo", options.directory, options.keep) as root:
         async with open_network(Network, root, clean_environment(root)) as network:
-            with show_on(console) as show:
-                evaluated = await _train(network, options, show)
+            evaluated = await _train(network, options, console)
             about = json.loads((root / "model" / "hypha.json").read_text())
             await trio.to_thread.run_sync(_hand_over, root / "model", options.output)
     result = {
@@ -93,23 +77,24 @@ async def run_demo(options: DemoOptions) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-async def _train(network: Network, options: DemoOptions, show: Show) -> dict[str, Any]:
+async def _train(network: Network, options: DemoOptions, console: Console) -> dict[str, Any]:
     """What the evaluation of the model says."""
     root, group = network.root, network.group
     workers = [f"worker-{number + 1}" for number in range(options.workers)]
     # first of all: it imports while everything else is made
     await network.start_host()
-    show.stage(f"Making certificates for {options.workers + 3} nodes")
+    print_line(console, f"Making certificates for {options.workers + 3} nodes")
     for name in ("gateway", "data", "scheduler", *workers):
         network.identity(name, "worker" if name in workers else name)
     gateway = await network.gateway()
     # nodes may start in any order: the workers need not wait for the data
     for name in workers:
         await network.worker(name)
-    show.stage("Preparing scikit-learn's digits with `hypha-data prepare`, a fifth held out")
+    print_line(console, "Preparing scikit-learn's digits with `hypha-data prepare`, a fifth held out")
     await prepare_digits(root, group)
     await network.logged_value(gateway, "addresses")
-    show.stage(f"A data node, {options.workers} workers and the scheduler; their logs are in {root / 'logs'}")
+    nodes = f"A data node, {options.workers} workers and the scheduler"
+    print_line(console, f"{nodes}; their logs are in {root / 'logs'}")
     await network.data("data", root / "dataset")
     job = digits_job(
         root,
@@ -120,9 +105,9 @@ async def _train(network: Network, options: DemoOptions, show: Show) -> dict[str
         # a job of ten rounds is over before 0.9 has paid off
         outer_optimizer={"learning_rate": 0.7, "momentum": 0.5},
     )
-    await _follow(await network.scheduler(job), network, show, options.open)
+    await _follow(await network.scheduler(job), network, console, options.open)
     await group.stop([child for child in group.running if child.name != HOST])
-    show.stage("Evaluating the exported model on held-out digits")
+    print_line(console, "Evaluating the exported model on held-out digits")
     return await _evaluate(network)
 
 
@@ -144,23 +129,24 @@ async def _evaluate(network: Network) -> dict[str, Any]:
     return found
 
 
-async def _follow(scheduler: Child, network: Network, show: Show, browse: bool) -> None:
+async def _follow(scheduler: Child, network: Network, console: Console, browse: bool) -> None:
     """Show progress and the page's address until the scheduler is done. Raises NetworkFailed."""
     url = ""
-    async with trio.open_nursery() as nursery:
-        while (code := scheduler.process.poll()) is None:
-            network.group.check(scheduler)
-            if (address := scheduler.look().get("http_address")) is not None:
-                if not url:
-                    url = f"http://{address}/"
-                    show.line(f"The live page of the job: {url}")
-                    if browse:
-                        nursery.start_soon(open_browser, url, show)
-                # it is busy, or ending: its exit code tells
-                with suppress(*NO_ANSWER):
-                    show.job(await network.status(scheduler))
-            await trio.sleep(POLL_S)
-        nursery.cancel_scope.cancel()
+    with live_view(console) as show:
+        async with trio.open_nursery() as nursery:
+            while (code := scheduler.process.poll()) is None:
+                network.group.check(scheduler)
+                if (address := scheduler.look().get("http_address")) is not None:
+                    if not url:
+                        url = f"http://{address}/"
+                        print_line(console, f"The live page of the job: {url}")
+                        if browse:
+                            nursery.start_soon(open_browser, url, console)
+                    # it is busy, or ending: its exit code tells
+                    with suppress(*NO_ANSWER):
+                        show(await network.status(scheduler))
+                await trio.sleep(POLL_S)
+            nursery.cancel_scope.cancel()
     if code:
         raise NetworkFailed(f"the scheduler ended with exit code {code}:\n{scheduler.tail()}", max(code, 1))
 
@@ -187,65 +173,19 @@ def _hand_over(model: Path, output: Path) -> None:
         raise OutputError(f"{output} cannot be written: {exc}") from exc
 
 
-@dataclass
-class Show:
-    """Stages and the job's snapshots, to ``console``."""
+async def open_browser(url: str, console: Console) -> None:
+    """Open ``url``; what prevents that is printed, and nothing worse comes of it."""
 
-    console: Console
-    live: Live | None
-    _stage: str = ""
-    _panel: RenderableType | None = None
-    _told: tuple[str, int, str] | None = None
+    def opens() -> bool:
+        browser = webbrowser.get()
+        text = isinstance(browser, webbrowser.GenericBrowser)
+        if text and not isinstance(browser, webbrowser.BackgroundBrowser):
+            return False
+        return browser.open(url)
 
-    def stage(self, text: str) -> None:
-        self._stage = text
-        if self.live is None:
-            self.line(text)
-        else:
-            self._update(self.live)
-
-    def job(self, job: JobSnapshot) -> None:
-        if self.live is not None:
-            self._panel = job_panel(job)
-            self._update(self.live)
-            return
-        told = (job.state, job.round, job.message)
-        if told != self._told:
-            self._told = told
-            self.line(headline(job).plain + (f": {job.message}" if job.message else ""))
-
-    def _update(self, live: Live) -> None:
-        stage = Text(self._stage)
-        live.update(stage if self._panel is None else Group(stage, self._panel))
-
-    def line(self, text: str) -> None:
-        """A line that stays, above what is live."""
-        print_line(self.console, text)
-
-
-@contextmanager
-def show_on(console: Console) -> Iterator[Show]:
-    """A live display when ``console`` is a terminal."""
-    if not console.is_terminal:
-        yield Show(console, None)
-        return
-    with Live(console=console, refresh_per_second=4, transient=False) as live:
-        yield Show(console, live)
-
-
-async def open_browser(url: str, show: Show) -> None:
-    """Open ``url``; what prevents that is shown, and nothing worse comes of it."""
     try:
-        opened = await trio.to_thread.run_sync(partial(_open, url), abandon_on_cancel=True)
+        opened = await trio.to_thread.run_sync(opens, abandon_on_cancel=True)
     except (webbrowser.Error, OSError):
         opened = False
     if not opened:
-        show.line(f"No browser with a window was found here; open {url} yourself.")
-
-
-def _open(url: str) -> bool:
-    browser = webbrowser.get()
-    text = isinstance(browser, webbrowser.GenericBrowser)
-    if text and not isinstance(browser, webbrowser.BackgroundBrowser):
-        return False
-    return browser.open(url)
+        print_line(console, f"No browser with a window was found here; open {url} yourself.")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
+from hypha.cli.options import InitOptions, RunOptions, with_options
 from hypha.cli.running import run_program, run_service
 
 PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
@@ -18,9 +18,7 @@ DEFAULT_ADDRESS = "/ip4/0.0.0.0/tcp/8080"
 
 @app.command()
 @with_options
-def init(
-    options: InitOptions,
-) -> None:
+def init(options: InitOptions) -> None:
     """Write a configuration file with every key, its default and what it means."""
     given = {
         "listen_addresses": options.listen or [DEFAULT_ADDRESS],
@@ -33,14 +31,11 @@ def init(
 @app.command()
 @with_options
 def run(
-    config: ConfigOption = None,
-    *,
-    node: NetworkOptions,
-    logs: LogOptions,
+    options: RunOptions,
     max_circuits: Annotated[int | None, typer.Option(help="Relayed connections at once.")] = None,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--max-circuits", "max_circuits", max_circuits))
+    loaded = common.load_to_run(PROGRAM, options, ("--max-circuits", "max_circuits", max_circuits))
     from hypha.gateway import run_gateway
 
     raise typer.Exit(run_service("hypha-gateway", loaded, lambda: run_gateway(loaded)))

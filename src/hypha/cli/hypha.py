@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from hypha.cli.job.report import report
 from hypha.cli.job.status import status
 from hypha.cli.job.timeline import timeline
 from hypha.cli.lookups import leases, lookup, peers
-from hypha.cli.options import DEFAULT_CONFIG, ConfigOption
+from hypha.cli.options import DEFAULT_CONFIG, ConfigOption, with_options
 from hypha.cli.running import check_installed, run_program, run_until_signal
 
 app = typer.Typer(
@@ -37,25 +38,29 @@ DirectoryOption = Annotated[
 ]
 
 
-@app.command()
-def demo(
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What ``hypha demo`` does, and where."""
+
     workers: Annotated[
         int, typer.Option(help="Training workers; one also hosts the parameter server.", min=1)
-    ] = 3,
-    rounds: Annotated[int, typer.Option(help="Update rounds.", min=1)] = 10,
+    ] = 3
+    rounds: Annotated[int, typer.Option(help="Update rounds.", min=1)] = 10
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the trained model goes.")] = Path(
         "demo/model"
-    ),
-    summary: SummaryOption = None,
-    directory: DirectoryOption = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary directory.")] = False,
-    open_: Annotated[bool, typer.Option("--open", help="Open the job's live page in the browser.")] = False,
-) -> None:
+    )
+    summary: SummaryOption = None
+    directory: DirectoryOption = None
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the temporary directory.")] = False
+    open: Annotated[bool, typer.Option("--open", help="Open the job's live page in the browser.")] = False
+
+
+@app.command()
+@with_options
+def demo(options: DemoOptions) -> None:
     """Train a real model over a real network on this machine: gateway, data node, workers, scheduler."""
     check_installed("hypha demo", "torch", "sklearn", "transformers", "accelerate")
-    from hypha.cli.demo import DemoOptions, run_demo
-
-    options = DemoOptions(workers, rounds, output, summary, directory, keep, open_)
+    from hypha.cli.demo import run_demo
 
     raise typer.Exit(run_until_signal(lambda: run_demo(options), stop_s=None, hangup=True))
 
@@ -132,7 +137,7 @@ def doctor(
     from hypha.access import ROLES
     from hypha.cli.doctor.checks import exit_code_of
     from hypha.cli.doctor.subject import read_subject
-    from hypha.cli.doctor.whole import as_json, gather, judge, show
+    from hypha.cli.doctor.whole import gather, judge, show, show_json
     from hypha.config.job import DatasetRef
     from hypha.config.reading.log_filter import parse_filter
     from hypha.telemetry.logs import configure_logging
@@ -160,7 +165,7 @@ def doctor(
         raise typer.Exit(code)
     findings = judge(subject, found[0], None if line_mbit is None else line_mbit * _MBIT)
     if json_:
-        typer.echo(as_json(subject, found[0], findings))
+        show_json(subject, found[0], findings)
     else:
         show(subject, found[0], findings)
     raise typer.Exit(exit_code_of(findings))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -23,10 +23,10 @@ from hypha.cli.options import ConfigOption
 from hypha.cli.printing import add_row, print_json, print_table, table_of
 from hypha.cli.running import identity_of
 from hypha.errors import HyphaError, NetworkError, PeerUnreachable
-from hypha.messages import ListPeers, PeerList, PeerRef
+from hypha.messages import ListPeers, PeerList, PeerRef, Resources
 from hypha.naming import legible
 from hypha.naming import shown as named_peer
-from hypha.scheduler.status.snapshot import JobSnapshot
+from hypha.scheduler.status.snapshot import JobSnapshot, LeaseSnapshot
 from hypha.worker.leasing.given import GivenLeases
 
 if TYPE_CHECKING:
@@ -195,44 +195,36 @@ async def _find_peer(node: Libp2pNode, config: NodeConfig, peer: str) -> list[Fo
 
 async def _try(node: Libp2pNode, found: FoundPeer, timeout_s: float) -> FoundPeer:
     """Connect with it, and note what its certificate says, and by which way it was reached."""
-
-    def not_reached(problem: str) -> FoundPeer:
-        return msgspec.structs.replace(found, problem=problem)
-
     if found.peer == node.peer_id:
-        return not_reached("it has the very certificate that this asks with")
-    try:
-        with trio.fail_after(timeout_s):
-            relayed = tuple(f"{gateway}/p2p-circuit/p2p/{found.peer}" for gateway in _ways(node))
-            node.learn(PeerRef(peer=found.peer, addresses=(*found.addresses, *relayed)))
-            await node.connect(found.peer)
-            _, took_s, of_it = await ask_health(node, found.peer, timeout_s)
-    except trio.TooSlowError:
-        return not_reached(f"it cannot be reached from here within {timeout_s:g} s")
-    except PeerUnreachable as exc:
-        return not_reached(f"it cannot be reached from here: {exc}")
-    except NetworkError as exc:
-        return not_reached(f"it answers no question: {exc}")
-    if of_it is None:
-        return not_reached("it hung up")
-    way = "directly" if of_it.kind == "direct" else "through a relay"
-    return msgspec.structs.replace(
-        found,
-        name=of_it.name,
-        organization=of_it.organization,
-        roles=tuple(sorted(of_it.roles)),
-        reached=way,
-        round_trip_s=took_s,
-    )
-
-
-def _ways(node: Libp2pNode) -> list[str]:
-    """Addresses of the connected gateways, as a circuit begins with them."""
-    return [
-        f"{one.address}/p2p/{one.peer}"
+        return msgspec.structs.replace(found, problem="it has the very certificate that this asks with")
+    # by way of the connected gateways, too
+    relayed = tuple(
+        f"{one.address}/p2p/{one.peer}/p2p-circuit/p2p/{found.peer}"
         for one in node.connections()
         if "gateway" in one.roles and one.kind == "direct" and one.address
-    ]
+    )
+    node.learn(PeerRef(peer=found.peer, addresses=(*found.addresses, *relayed)))
+    problem = "it hung up"
+    try:
+        with trio.fail_after(timeout_s):
+            await node.connect(found.peer)
+            _, took_s, of_it = await ask_health(node, found.peer, timeout_s)
+        if of_it is not None:
+            return msgspec.structs.replace(
+                found,
+                name=of_it.name,
+                organization=of_it.organization,
+                roles=tuple(sorted(of_it.roles)),
+                reached="directly" if of_it.kind == "direct" else "through a relay",
+                round_trip_s=took_s,
+            )
+    except trio.TooSlowError:
+        problem = f"it cannot be reached from here within {timeout_s:g} s"
+    except PeerUnreachable as exc:
+        problem = f"it cannot be reached from here: {exc}"
+    except NetworkError as exc:
+        problem = f"it answers no question: {exc}"
+    return msgspec.structs.replace(found, problem=problem)
 
 
 def leases(
@@ -259,8 +251,7 @@ def leases(
     if json_:
         print_json(given)
         return
-    free = _resources(msgspec.structs.asdict(given.free)) or "nothing"
-    print(legible(f"the worker {given.state}; free are {free}"))
+    print(legible(f"the worker {given.state}; free are {_resources(given.free)}"))
     if (price := given.price) is not None:
         load = f"{price.strategy}, load {100 * price.load:.0f} %"
         told = f"it asks for {price.asked:g} a lease: {price.rest:g} at rest, floor {price.floor:g}, {load}"
@@ -273,7 +264,7 @@ def leases(
             named_peer(one.scheduler, one.name),
             f"{one.kind} ({one.executor})",
             one.state,
-            _resources(msgspec.structs.asdict(one.resources)) or "nothing",
+            _resources(one.resources),
             f"{one.price:g}",
             f"{one.expires_in_s:.0f} s",
             one.job,
@@ -289,19 +280,19 @@ def _show_held(job: JobSnapshot, json_: bool) -> None:
     table = table_of("lease", "worker", "for", "state", "reserved", "price", "expires in")
     for one in job.held:
         leaves = "" if one.leaves_in_s is None else f"leaves in {one.leaves_in_s:.0f} s"
-        reserved = {"cpu": one.cpu, "memory": one.memory, "gpu": one.gpu, "storage": one.storage}
         add_row(
             table,
             one.lease[:8],
             named_peer(one.peer, one.name),
             one.kind,
             leaves or ("unreachable" if one.suspected else "held"),
-            _resources(reserved),
+            _resources(one),
             f"{one.price:g}",
             f"{one.expires_in_s:.0f} s",
         )
     print_table(table)
 
 
-def _resources(amounts: Mapping[str, float]) -> str:
-    return " ".join(f"{name}={amount:g}" for name, amount in amounts.items() if amount)
+def _resources(of: Resources | LeaseSnapshot) -> str:
+    amounts = {name: getattr(of, name) for name in Resources.__struct_fields__}
+    return " ".join(f"{name}={amount:g}" for name, amount in amounts.items() if amount) or "nothing"

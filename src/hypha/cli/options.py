@@ -30,31 +30,25 @@ SetOption = Annotated[
 class IdentityOptions:
     """Where a node's identity lies."""
 
-    cert: Annotated[Path | None, typer.Option("--cert", help="This node's certificate.")] = None
-    key: Annotated[Path | None, typer.Option("--key", help="Its private key.")] = None
-    trust: Annotated[Path | None, typer.Option("--trust", help="The CAs to trust.")] = None
-    crls: Annotated[Path | None, typer.Option("--crls", help="Revocation lists.")] = None
+    cert: Annotated[Path | None, typer.Option(help="This node's certificate.")] = None
+    key: Annotated[Path | None, typer.Option(help="Its private key.")] = None
+    trust: Annotated[Path | None, typer.Option(help="The CAs to trust.")] = None
+    crls: Annotated[Path | None, typer.Option(help="Revocation lists.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """A node's place in the network."""
 
-    gateway: Annotated[
-        list[str] | None, typer.Option("--gateway", help="A gateway's multiaddr. May be repeated.")
-    ] = None
-    listen: Annotated[
-        list[str] | None, typer.Option("--listen", help="Multiaddr to listen on. May be repeated.")
-    ] = None
-    external: Annotated[
-        list[str] | None, typer.Option("--external", help="Multiaddr where others dial this node.")
-    ] = None
+    gateway: Annotated[list[str] | None, typer.Option(help="A gateway's multiaddr. May be repeated.")] = None
+    listen: Annotated[list[str] | None, typer.Option(help="Multiaddr to listen on. May be repeated.")] = None
+    external: Annotated[list[str] | None, typer.Option(help="Multiaddr where others dial this node.")] = None
     exclude_cidr: Annotated[
-        list[str] | None, typer.Option("--exclude-cidr", help="Network never to dial. May be repeated.")
+        list[str] | None, typer.Option(help="Network never to dial. May be repeated.")
     ] = None
     http: Annotated[
         str | None,
-        typer.Option("--http", help="host:port for local HTTP: /health, and /status where there is."),
+        typer.Option(help="host:port for local HTTP: /health, and /status where there is."),
     ] = None
 
 
@@ -77,18 +71,19 @@ class InitOptions(IdentityOptions, NetworkOptions):
     ] = None
     pki: Annotated[
         Path,
-        typer.Option("--pki", help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem."),
+        typer.Option(help="Directory with <name>-cert.pem, <name>-key.pem and <name>-trust.pem."),
     ] = Path()
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogOptions:
-    """What ``run`` overrides of the logs, and any other key."""
+class RunOptions(NetworkOptions):
+    """The configuration that a component runs with, and what of it is overridden."""
 
+    config: ConfigOption = None
     log_level: Annotated[
-        str | None, typer.Option("--log-level", help="A level, or a filter such as info,hypha_network=debug.")
+        str | None, typer.Option(help="A level, or a filter such as info,hypha_network=debug.")
     ] = None
-    log_format: Annotated[str | None, typer.Option("--log-format", help="auto, json or text.")] = None
+    log_format: Annotated[str | None, typer.Option(help="auto, json or text.")] = None
     set_: SetOption = None
 
 

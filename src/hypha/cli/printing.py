@@ -48,7 +48,7 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: object) -> None:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    print(msgspec.json.format(msgspec.json.encode(value, order="deterministic"), indent=2).decode())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     import typer
 
     from hypha.config.models import NodeConfig
-    from hypha.pki.identity import Identity
+    from hypha.config.reading.layers import Settings
+    from hypha.pki.identity import Identity, IdentityFiles
 
 logger = logging.getLogger("hypha.cli")
 
@@ -101,6 +102,14 @@ def run_service(
         return run_until_signal(service, stop_s)
     with telemetry(settings.of_instance(identity_of(config, warn=False).peer_id)):
         return run_until_signal(observed, stop_s)
+
+
+def files_in(settings: Settings) -> IdentityFiles | None:
+    """The identity files that are named, whatever else is wrong; None where one is missing."""
+    from hypha.pki.identity import IdentityFiles
+
+    cert, key, trust, crls = (settings.get(f"{one}_pem") for one in ("cert", "key", "trust", "crls"))
+    return None if None in (cert, key, trust) else IdentityFiles(cert, key, trust, crls)
 
 
 def identity_of(config: NodeConfig, warn: bool = True) -> Identity:

@@ -10,14 +10,7 @@ from typing import Annotated
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import (
-    ConfigOption,
-    InitOptions,
-    LogOptions,
-    NetworkOptions,
-    SetOption,
-    with_options,
-)
+from hypha.cli.options import ConfigOption, InitOptions, RunOptions, SetOption, with_options
 from hypha.cli.running import run_program, run_service
 from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
@@ -98,7 +91,7 @@ def init(
         f"{job}.rounds.avg_samples_between_updates": 1200,
         f"{job}.rounds.batch_size": batch_size or 16,
         f"{job}.resources.num_workers": workers,
-        f"{job}.output": _place(save_to) if save_to else "output",
+        f"{job}.output": Path(save_to) if save_to and "://" not in save_to else save_to or "output",
     }
     fill_in: dict[str, str] = {}
     if model is None and repository is None and entrypoint is None:
@@ -118,22 +111,15 @@ def _task_in(model: Path | None) -> str:
     return task_of(named) or "image-classification"
 
 
-def _place(text: str) -> str | Path:
-    return text if "://" in text else Path(text)
-
-
 @app.command()
 @with_options
 def run(
-    config: ConfigOption = None,
-    *,
-    node: NetworkOptions,
+    options: RunOptions,
     state_dir: StateDirOption = None,
     save_to: SaveToOption = None,
     rounds: RoundsOption = None,
     workers: WorkersOption = None,
     batch_size: BatchOption = None,
-    logs: LogOptions,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start anew; the state of an earlier run is kept aside.")
     ] = False,
@@ -143,16 +129,14 @@ def run(
     ] = False,
     journal: Annotated[
         Path | None,
-        typer.Option("--journal", help="Append every event and decision to this file (JSON lines)."),
+        typer.Option(help="Append every event and decision to this file (JSON lines)."),
     ] = None,
 ) -> None:
     """Run the job to its end; SIGINT or SIGTERM stop it, and it resumes when run again."""
     job = "scheduler.job"
     loaded = common.load_to_run(
         PROGRAM,
-        config,
-        node,
-        logs,
+        options,
         ("--state-dir", "state_dir", state_dir),
         ("--save-to", f"{job}.output", save_to),
         ("--rounds", f"{job}.rounds.update_rounds", rounds),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hypha.cli import component as common
-from hypha.cli.options import ConfigOption, InitOptions, LogOptions, NetworkOptions, with_options
+from hypha.cli.options import ConfigOption, InitOptions, RunOptions, with_options
 from hypha.cli.running import STOP_S, run_program, run_service
 from hypha.errors import HyphaError
 
@@ -87,15 +87,9 @@ def init(
 
 @app.command()
 @with_options
-def run(
-    config: ConfigOption = None,
-    *,
-    node: NetworkOptions,
-    work_dir: WorkDirOption = None,
-    logs: LogOptions,
-) -> None:
+def run(options: RunOptions, work_dir: WorkDirOption = None) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, config, node, logs, ("--work-dir", "work_dir", work_dir))
+    loaded = common.load_to_run(PROGRAM, options, ("--work-dir", "work_dir", work_dir))
     from hypha.telemetry.running import emit_spans
     from hypha.worker.node import run_worker
 

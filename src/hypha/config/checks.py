@@ -1,6 +1,6 @@
 """Checks between keys, of text with a form of its own (addresses, networks, filters), and of what sinks need.
 
-Each check sees a :class:`Partial`, so it runs whatever else is wrong, and says what to do.
+Each check sees a :class:`Settings`, so it runs whatever else is wrong, and says what to do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hypha.config.models import (
 )
 from hypha.config.networks import UrlPattern
 from hypha.config.otel import endpoint_problem
-from hypha.config.reading.layers import Partial
+from hypha.config.reading.layers import Settings
 from hypha.config.reading.lines import KeyPath
 from hypha.config.reading.log_filter import parse_filter
 from hypha.config.tasks import unknown_task
@@ -61,52 +61,52 @@ _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{32,64}")
 _MALFORMED = (ValueError, BinaryParseError, StringParseError, ProtocolLookupError)
 
 
-def cross_checks(partial: Partial) -> Found:
+def cross_checks(settings: Settings) -> Found:
     """Every problem between valid values, as (key path, message)."""
-    model = partial.model
+    model = settings.model
     if issubclass(model, NodeConfig):
-        yield from _node(partial)
+        yield from _node(settings)
     if issubclass(model, LeafConfig | GatewayConfig):
-        yield from _gateways(partial)
+        yield from _gateways(settings)
     if issubclass(model, DataConfig):
-        yield from _data(partial)
+        yield from _data(settings)
     if issubclass(model, WorkerConfig):
-        yield from _worker(partial)
-        yield from _leases(partial)
-        yield from _offer(partial)
+        yield from _worker(settings)
+        yield from _leases(settings)
+        yield from _offer(settings)
     if issubclass(model, SchedulerConfig):
-        yield from _job(partial)
-        yield from _rounds(partial)
-        for index, sink in enumerate(partial.get("scheduler", "sinks") or ()):
+        yield from _job(settings)
+        yield from _rounds(settings)
+        for index, sink in enumerate(settings.get("scheduler", "sinks") or ()):
             for key, message in _sink(sink):
                 yield ("scheduler", "sinks", index, key), message
-    yield from _no_more_than(partial)
+    yield from _no_more_than(settings)
 
 
-def _node(partial: Partial) -> Found:
+def _node(settings: Settings) -> Found:
     for key in ("listen_addresses", "external_addresses", "gateway_addresses"):
-        for index, text in enumerate(partial.get(key) or ()):
+        for index, text in enumerate(settings.get(key) or ()):
             if (wrong := _address_problem(text)) is not None:
                 yield (key, index), wrong
-    for index, text in enumerate(partial.get("exclude_cidr") or ()):
+    for index, text in enumerate(settings.get("exclude_cidr") or ()):
         try:
             ipaddress.ip_network(text)
         except ValueError as exc:
             yield ("exclude_cidr", index), f"it is no network such as 10.0.0.0/8: {exc}"
-    if (address := partial.get("http_address")) is not None:
+    if (address := settings.get("http_address")) is not None:
         host, colon, port = address.rpartition(":")
         if not (colon and host and port.isdigit() and int(port) < 65536):
             yield ("http_address",), f"it should be host:port, such as 127.0.0.1:9000, not {address!r}"
-    endpoint, protocol = partial.get("telemetry_endpoint"), partial.get("telemetry_protocol")
+    endpoint, protocol = settings.get("telemetry_endpoint"), settings.get("telemetry_protocol")
     if endpoint is not None and (wrong := endpoint_problem(endpoint, protocol or "http/protobuf")):
         yield ("telemetry_endpoint",), wrong
-    if (text := partial.get("log_level")) is not None:
+    if (text := settings.get("log_level")) is not None:
         try:
             parse_filter(text)
         except ValueError as exc:
             yield ("log_level",), str(exc)
 
-    for index, hours in enumerate(partial.get("limits", "schedule") or ()):
+    for index, hours in enumerate(settings.get("limits", "schedule") or ()):
         at = ("limits", "schedule", index)
         if hours.start == hours.to:
             yield at, f'it begins and ends at {hours.to}; for the whole day write "00:00" to "24:00"'
@@ -114,9 +114,9 @@ def _node(partial: Partial) -> Found:
             yield at, "it changes nothing; set upload_mbit or download_mbit"
 
 
-def _no_more_than(partial: Partial) -> Found:
+def _no_more_than(settings: Settings) -> Found:
     for at, lower, upper in _NO_MORE_THAN:
-        less, more = partial.get(*at, lower), partial.get(*at, upper)
+        less, more = settings.get(*at, lower), settings.get(*at, upper)
         if less is not None and more is not None and less > more:
             name = f"tuning.{at[1]}.{upper}" if at[0] == "tuning" else upper
             yield (
@@ -125,18 +125,18 @@ def _no_more_than(partial: Partial) -> Found:
             )
 
 
-def _leases(partial: Partial) -> Found:
+def _leases(settings: Settings) -> Found:
     """A renewal is sent when three quarters of a lease are over, and one whole attempt must fit into what is
     left; the acceptance of an offer takes a journey there and one back.
     """
-    round_trip_s = partial.get("tuning", "liveness", "round_trip_s")
+    round_trip_s = settings.get("tuning", "liveness", "round_trip_s")
     if round_trip_s is None:
         return
     for key, least, why in (
         ("lease_s", ROUND_TRIPS_A_LEASE, "a renewal would come too late"),
         ("temporary_lease_s", 2, "an offer would be over before it is accepted"),
     ):
-        life_s = partial.get("offer", key)
+        life_s = settings.get("offer", key)
         if life_s is not None and life_s < least * round_trip_s:
             yield (
                 ("offer", key),
@@ -158,14 +158,14 @@ def _address_problem(text: str) -> str | None:
     return None
 
 
-def _gateways(partial: Partial) -> Found:
+def _gateways(settings: Settings) -> Found:
     networks = []
-    for text in partial.get("exclude_cidr") or ():
+    for text in settings.get("exclude_cidr") or ():
         try:
             networks.append(ipaddress.ip_network(text))
         except ValueError:
             continue
-    for index, text in enumerate(partial.get("gateway_addresses") or ()):
+    for index, text in enumerate(settings.get("gateway_addresses") or ()):
         try:
             host = str(Multiaddr(text)).split("/")[2]
             ip = ipaddress.ip_address(host)
@@ -179,11 +179,11 @@ def _gateways(partial: Partial) -> Found:
             )
 
 
-def _data(partial: Partial) -> Found:
+def _data(settings: Settings) -> Found:
     names: dict[str, KeyPath] = {}
-    datasets = partial.get("datasets") or []
-    short: Path | None = partial.get("dataset_path")
-    if not datasets and short is None and partial.get("datasets") is not None:
+    datasets = settings.get("datasets") or []
+    short: Path | None = settings.get("dataset_path")
+    if not datasets and short is None and settings.get("datasets") is not None:
         yield ("datasets",), "there is no dataset to serve; set dataset_path, or add a [[datasets]] table"
     entries: list[tuple[KeyPath, DatasetConfig]] = [
         (("datasets", index), entry) for index, entry in enumerate(datasets)
@@ -206,9 +206,9 @@ def _hang(hang_s: float | None, at: KeyPath) -> Found:
         yield (*at, "hang_s"), f"healthy executors would be taken for hung; give it at least {LEAST_HANG_S:g}"
 
 
-def _worker(partial: Partial) -> Found:
+def _worker(settings: Settings) -> Found:
     seen = set()
-    for index, executor in enumerate(partial.get("executors") or ()):
+    for index, executor in enumerate(settings.get("executors") or ()):
         if (executor.kind, executor.name) in seen:
             yield ("executors", index), f"there are two {executor.kind} executors called {executor.name!r}"
         seen.add((executor.kind, executor.name))
@@ -223,18 +223,18 @@ def _worker(partial: Partial) -> Found:
         for number, path in enumerate(executor.read_only):
             if not path.is_absolute():
                 yield ("executors", index, "read_only", number), f"{path} must be an absolute path"
-    yield from _patterns(partial)
-    yield from _preemption(partial)
-    yield from _hang(partial.get("hang_s"), ())
-    work_dir: Path | None = partial.get("work_dir")
+    yield from _patterns(settings)
+    yield from _preemption(settings)
+    yield from _hang(settings.get("hang_s"), ())
+    work_dir: Path | None = settings.get("work_dir")
     if work_dir is not None and work_dir.exists() and not work_dir.is_dir():
         yield ("work_dir",), f"{work_dir} is a file; a directory is needed"
 
 
-def _preemption(partial: Partial) -> Found:
+def _preemption(settings: Settings) -> Found:
     """What is polled is of no use without the time that a notice leaves."""
-    ways = [key for key in ("file", "command", "url") if partial.get("preemption", key)]
-    notice_s, poll_s = (partial.get("preemption", key) for key in ("notice_s", "poll_s"))
+    ways = [key for key in ("file", "command", "url") if settings.get("preemption", key)]
+    notice_s, poll_s = (settings.get("preemption", key) for key in ("notice_s", "poll_s"))
     if ways and notice_s is None:
         yield (
             ("preemption", "notice_s"),
@@ -246,11 +246,11 @@ def _preemption(partial: Partial) -> Found:
             ("preemption", "poll_s"),
             f"a notice of {notice_s:g} s may be seen after {poll_s:g}; look at least twice in that time",
         )
-    url = partial.get("preemption", "url")
+    url = settings.get("preemption", "url")
     if url is not None and not re.match(r"https?://[^/]+", url):
         yield ("preemption", "url"), f"{url} is no http or https address"
     try:
-        re.compile(partial.get("preemption", "url_pattern") or "")
+        re.compile(settings.get("preemption", "url_pattern") or "")
     except re.error as exc:
         yield ("preemption", "url_pattern"), f"it is no regular expression: {exc}"
 
@@ -265,10 +265,10 @@ def _accelerate(executor: ExecutorConfig, at: KeyPath) -> Found:
         yield at, f"there is no file {executor.accelerate}; write it with `accelerate config --config_file`"
 
 
-def _patterns(partial: Partial) -> Found:
+def _patterns(settings: Settings) -> Found:
     """Those of URLs: one that cannot be read would match nothing."""
     for key in ("uri", "local_read", "local_write", "trust_remote_code"):
-        for index, text in enumerate(partial.get("allow", key) or ()):
+        for index, text in enumerate(settings.get("allow", key) or ()):
             if key != "uri" and "://" not in text:
                 continue
             try:
@@ -277,22 +277,22 @@ def _patterns(partial: Partial) -> Found:
                 yield ("allow", key, index), str(exc)
 
 
-def _offer(partial: Partial) -> Found:
-    load = partial.get("offer", "utilization")
+def _offer(settings: Settings) -> Found:
+    load = settings.get("offer", "utilization")
     if load is not None and load.low >= load.high:
         wrong = f"it must be less than high ({load.high:g}): the price stays as it is between the two"
         yield ("offer", "utilization", "low"), wrong
-    yield from _peer_ids(partial, ("offer", "affinity"), "schedulers")
+    yield from _peer_ids(settings, ("offer", "affinity"), "schedulers")
 
 
-def _peer_ids(partial: Partial, at: tuple[str, ...], key: str) -> Found:
-    for index, text in enumerate(getattr(partial.get(*at), key, ())):
+def _peer_ids(settings: Settings, at: tuple[str, ...], key: str) -> Found:
+    for index, text in enumerate(getattr(settings.get(*at), key, ())):
         if not _PEER_ID.fullmatch(text):
             yield (*at, key, index), f"{text!r} is no PeerID, such as 12D3KooW..."
 
 
-def _job(partial: Partial) -> Found:
-    model = partial.get(*_JOB, "model")
+def _job(settings: Settings) -> Found:
+    model = settings.get(*_JOB, "model")
     if model is not None:
         given = [name for name in ("path", "repository", "entrypoint") if getattr(model, name) is not None]
         if len(given) != 1:
@@ -304,19 +304,19 @@ def _job(partial: Partial) -> Found:
         elif (model.type == "torch") != (given == ["entrypoint"]):
             yield (*_JOB, "model", "type"), 'type = "torch" and entrypoint belong together'
         # somebody else's executor may know tasks of its own
-        ours = partial.get(*_JOB, "resources", "worker_executor") in (None, DEFAULT_EXECUTOR)
+        ours = settings.get(*_JOB, "resources", "worker_executor") in (None, DEFAULT_EXECUTOR)
         if ours and (wrong := unknown_task(model.type)) is not None:
             yield (*_JOB, "model", "type"), wrong
         if model.path is not None and (wrong := _model_problem(model.path)) is not None:
             yield (*_JOB, "model", "path"), wrong
-    preprocessor = partial.get(*_JOB, "preprocessor")
+    preprocessor = settings.get(*_JOB, "preprocessor")
     if preprocessor is not None and (preprocessor.path is None) == (preprocessor.repository is None):
         yield (*_JOB, "preprocessor"), "exactly one of path and repository says where it is from"
     if preprocessor is not None and preprocessor.path is not None and not preprocessor.path.is_dir():
         yield (*_JOB, "preprocessor", "path"), f"{preprocessor.path} is no directory"
-    yield from _hang(partial.get(*_RESOURCES, "hang_s"), _RESOURCES)
-    yield from _peer_ids(partial, (*_JOB, "dataset"), "data_nodes")
-    checkpoint = partial.get(*_JOB, "checkpoint")
+    yield from _hang(settings.get(*_RESOURCES, "hang_s"), _RESOURCES)
+    yield from _peer_ids(settings, (*_JOB, "dataset"), "data_nodes")
+    checkpoint = settings.get(*_JOB, "checkpoint")
     if checkpoint is not None and checkpoint.replicas and checkpoint.place != "scheduler":
         yield (
             (*_JOB, "checkpoint", "replicas"),
@@ -341,8 +341,8 @@ def _model_problem(path: Path) -> str | None:
     return None
 
 
-def _rounds(partial: Partial) -> Found:
-    rounds = partial.get(*_JOB, "rounds")
+def _rounds(settings: Settings) -> Found:
+    rounds = settings.get(*_JOB, "rounds")
     if rounds is None:
         return
     if (rounds.avg_samples_between_updates is None) == (rounds.inner_steps is None):
@@ -355,7 +355,7 @@ def _rounds(partial: Partial) -> Found:
             (*_JOB, "rounds", "grow_batch_size"),
             "batch_size says how large batches are; leave one of them out",
         )
-    schedule = partial.get(*_JOB, "schedule")
+    schedule = settings.get(*_JOB, "schedule")
     if schedule is not None and schedule.type != "constant" and not schedule.training_steps:
         yield (*_JOB, "schedule", "training_steps"), f"a {schedule.type} schedule needs it"
 

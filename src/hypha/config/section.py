@@ -5,14 +5,9 @@ what some of its values are: paths, URLs, small tables in one line of text.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict
-
-
-def _hyphen(name: str) -> str:
-    return name.replace("_", "-")
 
 
 class Section(BaseModel):
@@ -21,15 +16,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        alias_generator=_hyphen,
+        alias_generator=lambda name: name.replace("_", "-"),
         populate_by_name=True,
         allow_inf_nan=False,
         # what a key means stands below its field, and from there in templates and in the tables of docs/
         use_attribute_docstrings=True,
     )
-
-    #: the key that is meant where text stands in place of the table, as earlier versions had it
-    shorthand: ClassVar[str | None] = None
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from datetime import time
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from hypha.config.section import Section
 
@@ -224,16 +224,9 @@ class WorkerLimitsConfig(LimitsConfig):
     send and receive; leases, requests and gossip are not held up).
     """
 
-    shorthand: ClassVar[str | None] = "enforce"
-
     enforce: Literal["auto", "cgroup", "rlimit", "none"] = "auto"
     """how a job's resource limits are enforced; ``auto`` takes the strongest that works here"""
     max_processes: int | None = Field(default=None, ge=0)
     """processes and threads that one executor may have, 0: any number; ``None``: 512, or 64 for each core of
     its lease where that is more
     """
-
-    @model_validator(mode="before")
-    @classmethod
-    def _enforcement_alone(cls, value: object) -> object:
-        return {"enforce": value} if isinstance(value, str) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import msgspec
@@ -11,8 +12,9 @@ from tests.cli.doctor.staging import job_config, only
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.gathered import Contact, Running
 from hypha.cli.doctor.gathering.machine import parameters_of
-from hypha.cli.doctor.gathering.own_node import counted, shares_in
+from hypha.cli.doctor.gathering.own_node import ask_health, counted, read_running, shares_in
 from hypha.cli.doctor.judging.job import judge_job, judge_running
+from hypha.runtime import in_thread
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.status.snapshot import JobSnapshot
 
@@ -37,12 +39,12 @@ hypha_worker_gpu_utilization{gpu="0"} 0.12
 """
 
 
-def status(**badput_s: float) -> bytes:
+def status(**badput_s: float) -> JobSnapshot:
     """Of a job with two workers for a hundred seconds."""
     spent = {name.replace("_", "-"): seconds for name, seconds in badput_s.items()}
     goodput_s = 200.0 - sum(spent.values())
     report = GoodputReport(100.0, 2, goodput_s, 0.0, spent, 1, 1.0, None, None, 1.0)
-    return msgspec.json.encode(JobSnapshot(name="digits", goodput=report))
+    return JobSnapshot(name="digits", goodput=report)
 
 
 def test_a_job_that_trains_is_no_finding() -> None:
@@ -101,10 +103,22 @@ def test_a_gpu_that_idles_while_an_executor_trains() -> None:
     assert list(judge_running(Running(training=0, gpu_utilization=(0.0,)))) == []
 
 
-@pytest.mark.parametrize("body", [b"", b"nonsense", b"{}", status(), METRICS[:300]])
-def test_what_is_no_status_says_nothing(body: bytes) -> None:
-    assert not any(shares_in(body).values())
+@pytest.mark.parametrize("body", [b"", b"nonsense", b"{}", METRICS[:300]])
+def test_what_counts_nothing_says_nothing(body: bytes) -> None:
     assert counted({}, body).training == 0
+
+
+@pytest.mark.parametrize("job", [JobSnapshot(name="digits"), status()])
+def test_a_job_that_has_lost_nothing(job: JobSnapshot) -> None:
+    assert not any(shares_in(job).values())
+
+
+async def test_a_node_that_says_nothing_of_itself() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert await in_thread(read_running, address, True) == Running()
+        assert await ask_health(address) is None
 
 
 # --- the job's size --------------------------------------------------------------------------------------

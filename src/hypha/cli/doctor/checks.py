@@ -29,9 +29,14 @@ class Check:
     mend: str
     name: str = ""
 
-    def found(self, what: str, mend: str | None = None, severity: Severity | None = None) -> Finding:
-        """That it is so here: ``what`` exactly, and the very command that mends it."""
-        return Finding(self, what, self.mend if mend is None else mend, severity or self.severity)
+    def found(
+        self, what: str, mend: str | None = None, severity: Severity | None = None, **places: object
+    ) -> Finding:
+        """That it is so here: ``what`` exactly, and the very command that mends it, or its <places>."""
+        told = self.mend if mend is None else mend
+        for place, value in places.items():
+            told = told.replace(f"<{place}>", str(value))
+        return Finding(self, what, told, severity or self.severity)
 
 
 @dataclass(frozen=True)
@@ -370,7 +375,7 @@ FILE_DESCRIPTORS = MACHINE.warning(
 DIRECTORY = MACHINE.error(
     "a directory that this node writes to cannot be written by this user",
     "The node does not start, or fails with its first job",
-    "`chown <user> <directory>`, or choose another one",
+    "`chown $(id -un) <directory>`, or choose another one",
 )
 NOT_CHECKED = MACHINE.note(
     "something could not be found out",

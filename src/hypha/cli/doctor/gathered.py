@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -130,6 +131,11 @@ class Contact:
     @property
     def called(self) -> str:
         return self.name or self.address
+
+    @property
+    def round_trip_s(self) -> float | None:
+        """The quickest; None without an answer."""
+        return min((one for one in self.round_trips_s if math.isfinite(one)), default=None)
 
 
 @dataclass(frozen=True)

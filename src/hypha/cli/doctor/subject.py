@@ -6,17 +6,18 @@ identity files that it names are looked at all the same.
 
 from __future__ import annotations
 
-import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 
 from hypha.access import ROLES
+from hypha.cli.running import files_in
 from hypha.config.job import JobConfig
 from hypha.config.models import COMPONENTS, LeafConfig, NodeConfig, SchedulerConfig, SchedulerSection
-from hypha.config.reading.loading import load_config
+from hypha.config.reading.layers import Layer, Settings
+from hypha.config.reading.loading import load_config, read_toml
 from hypha.config.section import Section
 from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.pki.identity import IdentityFiles
@@ -45,20 +46,17 @@ class Subject:
     problems: tuple[Problem, ...] = ()
     job: JobConfig | None = None
 
-    @property
-    def program(self) -> str:
-        """``hypha-worker`` and so on."""
-        return f"hypha-{self.component}" if self.component else "hypha"
-
 
 def read_subject(path: Path | None, component: str | None = None, job: Path | None = None) -> Subject:
     """Raises ConfigError: no file, no TOML, nobody's keys, or no job in ``job``."""
     wanted = read_job(job) if job is not None else None
     if path is None:
         return Subject(component or "", job=wanted)
-    raw = _read(path)
-    name = component or component_of(raw, path)
-    files = _identity_files(raw, path)
+    _, raw = read_toml(path)
+    settings = Settings(NodeConfig)
+    settings.add(Layer(NodeConfig, raw, str(path), base=path.absolute().parent))
+    files = files_in(settings)
+    name = component or component_of(raw, files, path)
     try:
         config = load_config(COMPONENTS[name], path)
     except ConfigError as exc:
@@ -74,7 +72,7 @@ def read_job(path: Path) -> JobConfig:
     return load_config(_JobFile, path).scheduler.job
 
 
-def component_of(raw: dict[str, Any], path: Path) -> str:
+def component_of(raw: Iterable[str], files: IdentityFiles | None, path: Path) -> str:
     """Of the component which alone knows the most of its keys, else of its certificate's role."""
     keys = {key.replace("-", "_") for key in raw}
     shared = set(LeafConfig.model_fields)
@@ -82,7 +80,6 @@ def component_of(raw: dict[str, Any], path: Path) -> str:
     best, second = sorted(own, key=lambda name: -own[name])[:2]
     if own[best] > own[second]:
         return best
-    files = _identity_files(raw, path)
     certificate = None if files is None else own_certificate(files)
     if certificate is not None and len(roles := [one for one in certificate.roles if one in ROLES]) == 1:
         return roles[0]
@@ -98,23 +95,3 @@ def own_certificate(files: IdentityFiles) -> InspectedCertificate | None:
         return inspected(load_certificate(files.cert))
     except IdentityError:
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as exc:
-        raise ConfigError([Problem("", f"it cannot be read: {exc.strerror}", str(path))]) from exc
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise ConfigError([Problem("", f"it is not TOML: {exc}", str(path))]) from exc
-
-
-def _identity_files(raw: dict[str, Any], path: Path) -> IdentityFiles | None:
-    """As the file itself names them, whatever else is wrong in it."""
-    base = path.absolute().parent
-    named = {key.replace("-", "_"): value for key, value in raw.items() if isinstance(value, str)}
-    found = [base / named[key] for key in ("cert_pem", "key_pem", "trust_pem") if key in named]
-    if len(found) != 3:
-        return None
-    crls = base / named["crls_pem"] if "crls_pem" in named else None
-    return IdentityFiles(found[0], found[1], found[2], crls)

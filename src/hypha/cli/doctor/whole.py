@@ -8,31 +8,24 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import msgspec
-import trio
 from rich.console import Console
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.checks import SEVERITIES, Finding, Severity, exit_code_of, in_order
-from hypha.cli.doctor.gathered import (
-    Contact,
-    IdentityObservations,
-    MachineObservations,
-    Observations,
-    ServiceObservations,
-)
-from hypha.cli.doctor.gathering import Gathering
+from hypha.cli.doctor.gathered import Contact, IdentityObservations, Observations
+from hypha.cli.doctor.gathering import Gathering, at_once, nothing
 from hypha.cli.doctor.gathering.machine import gather_identity, gather_machine, gather_served, parameters_of
 from hypha.cli.doctor.gathering.network import gather_network
 from hypha.cli.doctor.judging.job import judge_dataset, judge_job, judge_offers, judge_running, judge_served
 from hypha.cli.doctor.judging.machine import judge_identity, judge_machine, judge_versions
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.cli.doctor.subject import Subject
-from hypha.cli.printing import shown
+from hypha.cli.printing import print_json, shown
 from hypha.config.job import DatasetRef
 from hypha.config.models import DataConfig, WorkerConfig
-from hypha.errors import HyphaError
 from hypha.naming import named
 from hypha.pki.identity import Identity
 
@@ -49,44 +42,33 @@ async def gather(
     addresses of ``peers``, and of a ``dataset``. ``offline``: nothing beyond this machine.
     """
     gathering, config, job = Gathering(), subject.config, subject.job
-    machine, around = MachineObservations(), Observations()
     known: IdentityObservations | None = None
     identity: Identity | None = None
-    served: ServiceObservations | None = None
-    parameters: int | None = None
     if subject.files is not None:
         known, identity = await gathering.in_thread(
             IDENTITY_S, "the identity", gather_identity, subject.files
         ) or (None, None)
 
-    async def look_at_machine() -> None:
-        nonlocal machine
-        machine = await gather_machine(gathering, config)
-
-    async def look_at_network() -> None:
-        nonlocal around
+    async def look_around() -> Observations | None:
+        if offline or (identity is None and subject.path is None):
+            return None
         if config is None or identity is None:
             why = "this node has no identity" if known is None else "its identity cannot be used"
             gathering.note(_NETWORK, "the configuration is not valid" if config is None else why)
-            return
-        try:
-            around = await gather_network(gathering, subject, config, identity, peers, dataset)
-        except HyphaError as exc:
-            # such as a port that somebody has taken since it was looked at
-            gathering.note(_NETWORK, str(exc))
+            return None
+        # what may fail is such as a port that somebody has taken since it was looked at
+        look = partial(gather_network, gathering, subject, config, identity, peers, dataset)
+        return await gathering.within(math.inf, _NETWORK, look)
 
-    async def look_at_files() -> None:
-        nonlocal served, parameters
-        if isinstance(config, DataConfig):
-            served = await gathering.in_thread(SERVED_S, "the datasets to serve", gather_served, config)
-        if job is not None:
-            parameters = await gathering.in_thread(MODEL_S, "the model's size", parameters_of, job)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(look_at_machine)
-        nursery.start_soon(look_at_files)
-        if not offline and (identity is not None or subject.path is not None):
-            nursery.start_soon(look_at_network)
+    data, model = nothing, nothing
+    if isinstance(config, DataConfig):
+        data = partial(gathering.in_thread, SERVED_S, "the datasets to serve", gather_served, config)
+    if job is not None:
+        model = partial(gathering.in_thread, MODEL_S, "the model's size", parameters_of, job)
+    machine, around, served, parameters = await at_once(
+        partial(gather_machine, gathering, config), look_around, data, model
+    )
+    around = around or Observations()
     if served is not None and around.running is not None and around.running.announcements is not None:
         # a running data node counts the announcements that gateways have taken
         served = replace(served, announced=around.running.announcements > 0)
@@ -108,8 +90,8 @@ def judge(subject: Subject, observed: Observations, line: float | None = None) -
 def _all(subject: Subject, observed: Observations, line: float | None) -> Iterator[Finding]:
     config, job = subject.config, subject.job
     for problem in subject.problems:
-        mend = f"correct it; `{subject.program} validate -c {subject.path}` checks it again"
-        yield checks.CONFIGURATION.found(str(problem).rstrip("."), mend)
+        what = str(problem).rstrip(".")
+        yield checks.CONFIGURATION.found(what, component=subject.component, config=subject.path)
     yield from judge_machine(observed.machine, config)
     if observed.identity is not None:
         require_roles = config is None or config.require_roles
@@ -196,15 +178,14 @@ def _mbit(rate: float) -> str:
 def _contact(contact: Contact) -> str:
     if contact.failure is not None:
         return f"NOT reached: {contact.reason}"
-    trips = [one for one in contact.round_trips_s if math.isfinite(one)]
     words = [contact.name or contact.peer, contact.component]
-    words += [f"{min(trips) * 1000:.1f} ms"] if trips else []
+    words += [f"{contact.round_trip_s * 1000:.1f} ms"] if contact.round_trip_s is not None else []
     words += [f"{_mbit(contact.up)} up"] if contact.up is not None else []
     words += [f"{_mbit(contact.down)} down at least"] if contact.down is not None else []
     return f"{'reached through a relay' if contact.relayed else 'reached'}: {', '.join(filter(None, words))}"
 
 
-def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> str:
+def show_json(subject: Subject, observed: Observations, findings: Sequence[Finding]) -> None:
     """One object; numbers that are not finite are null."""
     listed = [
         {
@@ -224,4 +205,4 @@ def as_json(subject: Subject, observed: Observations, findings: Sequence[Finding
         "findings": listed,
         "facts": msgspec.to_builtins(observed, enc_hook=str),
     }
-    return msgspec.json.format(msgspec.json.encode(whole, order="sorted"), indent=2).decode()
+    print_json(whole)

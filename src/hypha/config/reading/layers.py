@@ -1,23 +1,22 @@
 """Trees of settings and the models that they are for: layers, and what of a tree is valid.
 
-A layer is a tree in the models' own key names, with where each key came from. When some keys are wrong there
-is no model instance; :class:`Partial` still gives every value that is right by itself, so that checks between
-keys can run and all problems be told at once.
+When some keys are wrong there is no model instance; :class:`Settings` still gives every value that is right
+by itself, so that checks between keys can run and all problems be told at once.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import date, time
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
-from hypha.config.reading.lines import KeyPath
+from hypha.config.reading.lines import KeyPath, key_lines
 from hypha.config.section import PathOrUrl, Section
 from hypha.errors import Problem
 
@@ -48,54 +47,33 @@ def section_in(model: type[Section], name: str) -> tuple[type[Section] | None, b
     return None, False
 
 
-def place_words(model: type[Section], name: str) -> tuple[str, ...] | None:
-    """``None`` when the field is no path, else the words that are none although it is one."""
-    info = model.model_fields[name]
-    if Path in _alternatives(info.annotation):
-        return ()
-    return next((mark.words for mark in info.metadata if isinstance(mark, PathOrUrl)), None)
-
-
-def canonical_path(model: type[Section], loc: KeyPath) -> KeyPath:
-    """``loc`` in field names, cut where pydantic goes on to name alternatives of a union."""
-    path: list[str | int] = []
-    section: type[Section] | None = model
-    for key in loc:
-        if isinstance(key, str) and section is not None:
-            name = field_named(section, key)
-            section = section_in(section, name)[0] if name else None
-            key = name or key
-        elif isinstance(key, str) and ("[" in key or key in _TYPE_NAMES):
-            break
-        path.append(key)
-    return tuple(path)
-
-
 #: What pydantic adds to a location to say which member of a union it tried.
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "none"})
 
 
-def _section_at(model: type[Section], loc: KeyPath) -> type[Section] | None:
+def located(model: type[Section], loc: KeyPath) -> tuple[KeyPath, type[Section] | None]:
+    """``loc`` in field names, cut where pydantic goes on to name alternatives of a union; and what table its
+    last key is in, where that is a Section.
+    """
+    path: list[str | int] = []
     section: type[Section] | None = model
+    table = section
     for key in loc:
-        if section is not None and isinstance(key, str):
-            section = section_in(section, key)[0] if key in section.model_fields else None
-    return section
+        if isinstance(key, str):
+            table = section
+            if section is not None:
+                key = field_named(section, key) or key
+                section = section_in(section, key)[0] if key in section.model_fields else None
+            elif "[" in key or key in _TYPE_NAMES:
+                break
+        path.append(key)
+    return tuple(path), table
 
 
-def fields_at(model: type[Section], loc: KeyPath) -> list[str]:
-    """Names of the fields of the table at ``loc``."""
-    section = _section_at(model, loc)
-    return list(section.model_fields) if section is not None else []
-
-
-def is_text(model: type[Section], loc: KeyPath) -> bool:
-    """Whether the field at ``loc`` is text or a path, so that ``10`` given for it is no number."""
-    section = _section_at(model, loc[:-1])
-    if section is None or loc[-1] not in section.model_fields:
-        return False
-    annotation = section.model_fields[str(loc[-1])].annotation
-    return all(part in (str, Path) for part in _alternatives(annotation))
+def is_text(model: type[Section] | None, key: str | int) -> bool:
+    """Whether the field ``key`` is text or a path, so that ``10`` given for it is no number."""
+    info = None if model is None else model.model_fields.get(str(key))
+    return info is not None and all(part in (str, Path) for part in _alternatives(info.annotation))
 
 
 def shown(loc: KeyPath) -> str:
@@ -113,159 +91,108 @@ def shown(loc: KeyPath) -> str:
 _WRITTEN = {("executors", "kind"): "class", ("limits.schedule", "start"): "from"}
 
 
-@dataclass(frozen=True)
-class Origin:
-    """A file with the line, a variable, or a flag."""
-
-    source: str
-    line: int | None = None
-
-
-@dataclass
 class Layer:
-    """Canonical ``tree``; ``origins`` of each path in it."""
-
-    tree: dict[str, Value] = field(default_factory=dict)
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-    def problem(self, loc: KeyPath, message: str) -> Problem:
-        """One with the key at ``loc``, told where that, or what it is in, was set."""
-        origins = (self.origins.get(loc[:length]) for length in range(len(loc), -1, -1))
-        origin = next((one for one in origins if one is not None), Origin(""))
-        return Problem(key=shown(loc), source=origin.source, line=origin.line, message=message)
-
-
-def fold(
-    model: type[Section],
-    raw: Mapping[str, Value],
-    origin_of: Callable[[KeyPath], Origin],
-    base: Path | None,
-) -> Layer:
-    """``raw`` with hyphens and aliases turned into field names and paths made absolute against
-    ``base`` (``None``: left to the working directory).
+    """What one file, variable or flag (``source``) sets: ``raw`` as a ``tree`` in the field names of
+    ``model``. Paths in it are relative to ``base`` (``None``: to the working directory); ``text`` is that of
+    a file.
     """
-    folding = _Folding(origin_of, base)
-    folding.layer.tree = folding.table(model, raw, (), ())
-    return folding.layer
 
+    def __init__(
+        self,
+        model: type[Section],
+        raw: Mapping[str, Value],
+        source: str,
+        text: str = "",
+        base: Path | None = None,
+    ) -> None:
+        self.source = source
+        self._model, self._text, self._base = model, text, base
+        #: keys that are in it in two spellings
+        self.twice: list[KeyPath] = []
+        self.tree = self._table(model, raw, ())
 
-@dataclass
-class _Folding:
-    origin_of: Callable[[KeyPath], Origin]
-    base: Path | None
-    layer: Layer = field(default_factory=Layer)
+    @cached_property
+    def lines(self) -> dict[KeyPath, int]:
+        """Of a file: on which line a key stands."""
+        return {located(self._model, path)[0]: line for path, line in key_lines(self._text).items()}
 
-    def table(
-        self, model: type[Section], raw: Mapping[str, Value], at: KeyPath, written: KeyPath
-    ) -> dict[str, Value]:
+    def _table(self, model: type[Section], raw: Mapping[str, Value], at: KeyPath) -> dict[str, Value]:
         tree: dict[str, Value] = {}
         for key, value in raw.items():
             name = field_named(model, key)
-            here, there = (*at, name or key), (*written, key)
-            self.layer.origins[here] = self.origin_of(there)
-            if here[-1] in tree:
-                self.layer.problems.append(self.layer.problem(here, "it is set twice, in two spellings"))
-            if name is None:
-                tree[key] = value
-                continue
-            section, many = section_in(model, name)
-            words = place_words(model, name)
-            if isinstance(value, str) and words is not None and value not in words:
-                tree[name] = self.absolute(value)
-            elif section is None:
-                tree[name] = value
-                self.note_below(value, here, there)
-            elif many and isinstance(value, list):
-                tree[name] = [
-                    self.item(section, item, (*here, index), (*there, index))
-                    for index, item in enumerate(value)
-                ]
-            elif many and isinstance(value, dict):
-                # entry by entry, from variables or flags: EXECUTORS__0__NAME
-                tree[name] = {
-                    index: self.item(section, item, (*here, _number(index)), (*there, _number(index)))
-                    for index, item in value.items()
-                }
-            elif isinstance(value, dict):
-                tree[name] = self.table(section, value, here, there)
-            elif isinstance(value, str) and section.shorthand is not None:
-                tree[name] = {section.shorthand: value}
-                self.layer.origins[(*here, section.shorthand)] = self.origin_of(there)
-            else:
-                tree[name] = value
+            if (name or key) in tree:
+                self.twice.append((*at, name or key))
+            tree[name or key] = value if name is None else self._field(model, name, value, (*at, name))
         return tree
 
-    def item(self, section: type[Section], value: Value, at: KeyPath, written: KeyPath) -> Value:
-        self.layer.origins[at] = self.origin_of(written)
-        return self.table(section, value, at, written) if isinstance(value, dict) else value
-
-    def note_below(self, value: Value, at: KeyPath, written: KeyPath) -> None:
-        pairs = (
-            enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
-        )
-        for key, below in pairs:
-            self.layer.origins[(*at, key)] = self.origin_of((*written, key))
-            self.note_below(below, (*at, key), (*written, key))
-
-    def absolute(self, value: str) -> str:
-        if "://" in value:
+    def _field(self, model: type[Section], name: str, value: Value, at: KeyPath) -> Value:
+        info = model.model_fields[name]
+        marks = [mark for mark in info.metadata if isinstance(mark, PathOrUrl)]
+        place = Path in _alternatives(info.annotation) or (marks and value not in marks[0].words)
+        if place and isinstance(value, str) and "://" not in value:
+            expanded = Path(value).expanduser()
+            return str(expanded if self._base is None else self._base / expanded)
+        section, many = section_in(model, name)
+        if section is None or not isinstance(value, dict | list):
             return value
-        expanded = Path(value).expanduser()
-        return str(expanded if self.base is None else self.base / expanded)
+        if not many:
+            return self._table(section, value, at) if isinstance(value, dict) else value
+
+        def entry(index: str | int, item: Value) -> Value:
+            return self._table(section, item, (*at, index)) if isinstance(item, dict) else item
+
+        if isinstance(value, list):
+            return [entry(index, item) for index, item in enumerate(value)]
+        # in variables and flags entry by entry: EXECUTORS__0__NAME
+        return {index: entry(index, item) for index, item in value.items()}
 
 
-def _number(index: str) -> int | str:
-    return int(index) if index.isdigit() else index
+class Settings:
+    """The tree of all layers so far, where its keys were set, and what of it is valid."""
 
-
-def merge(below: Layer, above: Layer) -> Layer:
-    """``above`` wins key by key; lists are replaced whole unless ``above`` names entries."""
-    origins = dict(below.origins)
-    tree = _merge_tables(below.tree, above.tree, (), origins)
-    return Layer(tree, {**origins, **above.origins})
-
-
-def _merge_tables(
-    below: Mapping[str, Value], above: Mapping[str, Value], at: KeyPath, origins: dict[KeyPath, Origin]
-) -> dict[str, Value]:
-    merged = dict(below)
-    for key, value in above.items():
-        merged[key] = _merge_values(below.get(key), value, (*at, key), origins)
-    return merged
-
-
-def _merge_values(below: Value, value: Value, here: KeyPath, origins: dict[KeyPath, Origin]) -> Value:
-    if isinstance(below, dict) and isinstance(value, dict):
-        return _merge_tables(below, value, here, origins)
-    numbered = isinstance(value, dict) and bool(value) and all(key.isdigit() for key in value)
-    if numbered and isinstance(value, dict) and (below is None or isinstance(below, list)):
-        items = list(below or [])
-        for index, item in sorted((int(key), item) for key, item in value.items()):
-            if index < len(items):
-                items[index] = _merge_values(items[index], item, (*here, index), origins)
-            elif index == len(items):
-                items.append(item)
-            else:
-                # a gap: leave the table as it is, validation names it
-                return value
-        return items
-    for path in [path for path in origins if path[: len(here)] == here]:
-        del origins[path]
-    return value
-
-
-class Partial:
-    """What of a tree is valid on its own."""
-
-    def __init__(self, model: type[Section], tree: Mapping[str, Any]) -> None:
+    def __init__(self, model: type[Section], source: str = "") -> None:
         self.model = model
-        self._tree = tree
+        self.tree: dict[str, Value] = {}
+        #: of the layers themselves
+        self.problems: list[Problem] = []
+        #: whose the value of a key is, and all that is in it
+        self._origins: dict[KeyPath, Layer] = {(): Layer(model, {}, source)}
+
+    def add(self, layer: Layer) -> None:
+        """It wins key by key; lists are replaced whole unless it names entries."""
+        self.tree = self._merged(self.tree, layer.tree, (), layer)
+        self.problems += [self.problem(loc, "it is set twice, in two spellings") for loc in layer.twice]
+
+    def _merged(self, below: Any, value: Value, here: KeyPath, layer: Layer) -> Any:
+        if isinstance(value, dict) and isinstance(below, dict):
+            return below | {
+                key: self._merged(below.get(key), item, (*here, key), layer) for key, item in value.items()
+            }
+        numbered = isinstance(value, dict) and bool(value) and all(key.isdigit() for key in value)
+        if isinstance(value, dict) and numbered and (below is None or isinstance(below, list)):
+            items = list(below or ())
+            for index, item in sorted((int(key), item) for key, item in value.items()):
+                if index > len(items):
+                    # a gap: leave the table as it is, validation names it
+                    return value
+                old = items[index] if index < len(items) else None
+                items[index : index + 1] = [self._merged(old, item, (*here, index), layer)]
+            return items
+        self._origins = {path: one for path, one in self._origins.items() if path[: len(here)] != here}
+        self._origins[here] = layer
+        return value
+
+    def problem(self, loc: KeyPath, message: str) -> Problem:
+        """One with the key at ``loc``, told where that, or what it is in, was set."""
+        around = [loc[:length] for length in range(len(loc), -1, -1)]
+        layer = next(self._origins[path] for path in around if path in self._origins)
+        line = next((layer.lines[path] for path in around if path in layer.lines), None)
+        return Problem(key=shown(loc), source=layer.source, line=line, message=message)
 
     def get(self, *path: str) -> Any:
         """The valid value or default at ``path``; ``None`` where it is wrong, missing or ``None``."""
         section: type[Section] = self.model
-        tree: Any = self._tree
+        tree: Any = self.tree
         for position, name in enumerate(path):
             info = section.model_fields.get(name)
             if info is None or not isinstance(tree, Mapping):

@@ -1,146 +1,79 @@
 """Where something is wrong in a TOML file: on which line each key stands, and what is no TOML at all.
 
-``tomllib`` does not say where keys are. What looks for them walks a text that tomllib has accepted, so it
-need not check anything.
+``tomllib`` does not say where keys are. What looks for them has it read one statement after the other of a
+text that it has accepted, and the lists in them line by line.
 """
 
 from __future__ import annotations
 
-import bisect
 import re
 import tomllib
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
 
 from hypha.errors import Problem
 
 KeyPath = tuple[str | int, ...]
 
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
-_SPACES = re.compile(r"[ \t]*")
-_SCALAR = re.compile(r"[^,\]}\n#]*")
-_STRINGS = (
-    re.compile(r'"""(?:\\.|[^\\])*?"{3,5}', re.DOTALL),
-    re.compile(r"'''.*?'{3,5}", re.DOTALL),
-    re.compile(r'"(?:\\.|[^"\\\n])*"'),
-    re.compile(r"'[^'\n]*'"),
-)
+#: what ends the lists that a statement has begun on an earlier line
+_ENDS = ("", "]", "]]", "]]]")
 
 
+@lru_cache(maxsize=1)
 def key_lines(text: str) -> dict[KeyPath, int]:
     """1-based line of every key, table and array entry of a valid TOML ``text``, by path."""
-    return _Walk(text).lines
-
-
-class _Walk:
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.at = 0
-        self.lines: dict[KeyPath, int] = {}
-        self.array_tables: dict[KeyPath, int] = {}
-        self._starts = [0, *(match.end() for match in re.finditer("\n", text))]
-        table: KeyPath = ()
-        self._skip(_BLANK)
-        while self.at < len(text):
-            if text[self.at] == "[":
-                table = self._header()
-            else:
-                self._pair(table)
-            self._skip(_BLANK)
-
-    def _line(self) -> int:
-        return bisect.bisect_right(self._starts, self.at)
-
-    def _skip(self, pattern: re.Pattern[str]) -> None:
-        if (match := pattern.match(self.text, self.at)) is not None:
-            self.at = match.end()
-
-    def _note(self, path: KeyPath, line: int) -> None:
-        self.lines.setdefault(path, line)
-
-    def _header(self) -> KeyPath:
-        line = self._line()
-        brackets = 2 if self.text.startswith("[[", self.at) else 1
-        self.at += brackets
-        *parents, last = self._keys()
-        self.at += brackets
-        path: KeyPath = ()
-        for key in parents:
-            path = (*path, key)
-            self._note(path, line)
-            if path in self.array_tables:
-                path = (*path, self.array_tables[path])
-        path = (*path, last)
-        self._note(path, line)
-        if brackets == 2:
-            self.array_tables[path] = self.array_tables.get(path, -1) + 1
-            path = (*path, self.array_tables[path])
-            self._note(path, line)
-        return path
-
-    def _keys(self) -> list[str]:
-        keys = []
-        while True:
-            self._skip(_SPACES)
-            keys.append(self._key())
-            self._skip(_SPACES)
-            if self.text[self.at : self.at + 1] != ".":
-                return keys
-            self.at += 1
-
-    def _key(self) -> str:
-        quote = self.text[self.at]
-        if quote in "\"'":
-            start = self.at
-            self._string()
-            return next(iter(tomllib.loads(f"{self.text[start : self.at]} = 0")))
-        match = _BARE_KEY.match(self.text, self.at)
-        if match is None:
-            raise ValueError(f"not valid TOML at character {self.at}")
-        self.at = match.end()
-        return match.group()
-
-    def _pair(self, table: KeyPath) -> None:
-        line = self._line()
-        keys = self._keys()
-        for count in range(1, len(keys) + 1):
-            self._note((*table, *keys[:count]), line)
-        self.at += 1
-        self._skip(_SPACES)
-        self._value((*table, *keys))
-
-    def _value(self, path: KeyPath) -> None:
-        first = self.text[self.at]
-        if first in "\"'":
-            self._string()
-        elif first in "[{":
-            self._entries(path, "]" if first == "[" else "}")
+    lines: dict[KeyPath, int] = {}
+    entries: dict[KeyPath, int] = {}
+    table: KeyPath = ()
+    statement, since = "", 1
+    for number, line in enumerate(text.split("\n"), 1):
+        statement += line + "\n"
+        for end in _ENDS:
+            if (parsed := _parsed(statement + end)) is not None:
+                break
         else:
-            self._skip(_SCALAR)
+            continue
+        if statement.lstrip().startswith("["):
+            table = _header(parsed, entries)
+            for length in range(1, len(table) + 1):
+                lines.setdefault(table[:length], since)
+        else:
+            for path in _paths(parsed):
+                lines.setdefault((*table, *path), since)
+        since = number + 1
+        if not end:
+            statement = ""
+    return lines
 
-    def _string(self) -> None:
-        for pattern in _STRINGS:
-            if (match := pattern.match(self.text, self.at)) is not None:
-                self.at = match.end()
-                return
-        raise ValueError(f"not valid TOML at character {self.at}")
 
-    def _entries(self, path: KeyPath, end: str) -> None:
-        """Those of an array, up to its ``]``, or of an inline table, up to its ``}``."""
-        self.at += 1
-        index = 0
-        self._skip(_BLANK)
-        while self.text[self.at] != end:
-            if end == "}":
-                self._pair(path)
-            else:
-                self._note((*path, index), self._line())
-                self._value((*path, index))
-                index += 1
-            self._skip(_BLANK)
-            if self.text[self.at] == ",":
-                self.at += 1
-                self._skip(_BLANK)
-        self.at += 1
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return None
+
+
+def _header(parsed: dict[str, Any], entries: dict[KeyPath, int]) -> KeyPath:
+    """The path of the table that a header names; ``entries`` are the numbers of the last ones of lists."""
+    path: KeyPath = ()
+    value: Any = parsed
+    while value:
+        if path in entries:
+            path = (*path, entries[path])
+        ((key, value),) = value.items()
+        path = (*path, key)
+        if isinstance(value, list):
+            entries[path] = entries.get(path, -1) + 1
+            return (*path, entries[path])
+    return path
+
+
+def _paths(value: Any) -> Iterator[KeyPath]:
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in below:
+        yield (key,)
+        yield from ((key, *path) for path in _paths(inner))
 
 
 #: By how Python's messages begin: what a person would write there.

@@ -25,24 +25,20 @@ from hypha.config.models import COMPONENTS
 from hypha.config.otel import otel_settings
 from hypha.config.reading.layers import (
     Layer,
-    Origin,
-    Partial,
+    Settings,
     Value,
-    canonical_path,
-    fields_at,
-    fold,
     is_text,
-    merge,
+    located,
     shown,
 )
-from hypha.config.reading.lines import KeyPath, key_lines, syntax_problem
+from hypha.config.reading.lines import KeyPath, syntax_problem
 from hypha.config.section import Section
 from hypha.errors import ConfigError, Problem
 
 M = TypeVar("M", bound=Section)
 
 #: A further check, made by a package that configuration may not import: it sees what is valid so far.
-Check = Callable[[Partial], Iterable[Problem]]
+Check = Callable[[Settings], Iterable[Problem]]
 
 #: Filters in the manner of RUST_LOG; the later named wins.
 _LOG_VARIABLES = ("RUST_LOG", "HYPHA_LOG")
@@ -65,80 +61,80 @@ def load_config(
     checks: Sequence[Check] = (),
 ) -> M:
     """Read, layer and check; raises ConfigError with all problems. ``environ``: the process's."""
-    problems: list[Problem] = []
-    environ = process_environment() if environ is None else environ
-    layers = [
-        _file_layer(model, path) if path is not None else Layer(),
-        *_environment_layers(model, environ),
-        *(_single(model, flag.key.split("."), flag.value, flag.name) for flag in flags),
-    ]
-    merged = Layer()
-    for layer in layers:
-        problems += layer.problems
-        merged = merge(merged, layer)
-    merged.origins[()] = Origin(str(path) if path is not None else "")
+    settings = Settings(model, str(path) if path is not None else "")
+    if path is not None:
+        try:
+            text, raw = read_toml(path)
+        except ConfigError as exc:
+            settings.problems += exc.problems
+        else:
+            settings.add(Layer(model, raw, str(path), text, path.absolute().parent))
+    _add_environment(settings, process_environment() if environ is None else environ)
+    for flag in flags:
+        settings.add(_single(model, flag.key.split("."), flag.value, flag.name))
+    problems = settings.problems
     config: M | None = None
     try:
-        config = model.model_validate(merged.tree)
+        config = model.model_validate(settings.tree)
     except ValidationError as exc:
         # without the file every required key would be "missing", which hides the one real problem
-        if path is None or merged.tree or not problems:
-            problems += _pydantic_problems(model, exc, merged)
-    partial = Partial(model, merged.tree)
-    if merged.tree:
-        problems += [merged.problem(loc, message) for loc, message in cross_checks(partial)]
+        if path is None or settings.tree or not problems:
+            problems += _pydantic_problems(settings, exc)
+    if settings.tree:
+        problems += [settings.problem(loc, message) for loc, message in cross_checks(settings)]
     for check in checks:
-        problems += [_placed(problem, merged) for problem in check(partial)]
+        problems += [_placed(problem, settings) for problem in check(settings)]
     if problems or config is None:
-        raise ConfigError(_ordered(problems))
+        # by file and line, each once
+        unique = dict.fromkeys(problems)
+        raise ConfigError(sorted(unique, key=lambda problem: (problem.source, problem.line or 0)))
     return config
 
 
-def _file_layer(model: type[Section], path: Path) -> Layer:
+def read_toml(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file, and what it holds. Raises ConfigError."""
     try:
         # with or without the mark that some editors put before UTF-8
         text = path.read_text(encoding="utf-8-sig")
-        raw = tomllib.loads(text)
     except FileNotFoundError:
         wrong = "there is no such file; write one with `init`, or correct --config"
     except OSError as exc:
         wrong = f"it cannot be read: {exc.strerror}"
     except UnicodeDecodeError:
         wrong = "it is not UTF-8 text"
-    except tomllib.TOMLDecodeError as exc:
-        return Layer(problems=[syntax_problem(str(path), text, exc)])
     else:
-        lines = key_lines(text)
-        return fold(model, raw, lambda loc: Origin(str(path), lines.get(loc)), base=path.absolute().parent)
-    return Layer(problems=[Problem(key="", source=str(path), message=wrong)])
+        try:
+            return text, tomllib.loads(text)
+        except tomllib.TOMLDecodeError as exc:
+            raise ConfigError([syntax_problem(str(path), text, exc)]) from exc
+    raise ConfigError([Problem("", wrong, str(path))])
 
 
-def _environment_layers(model: type[Section], environ: Mapping[str, str]) -> list[Layer]:
-    layers = []
+def _add_environment(settings: Settings, environ: Mapping[str, str]) -> None:
+    model = settings.model
     for name in _LOG_VARIABLES:
         if text := environ.get(name):
-            layers.append(_single(model, ["log_level"], text, name))
+            settings.add(_single(model, ["log_level"], text, name))
     for name in sorted(environ):
         if not name.startswith("HYPHA_") or name in _LOG_VARIABLES:
             continue
         keys = name.removeprefix("HYPHA_").lower().split("__")
         if keys[0] in model.model_fields:
-            layers.append(_single(model, keys, _parse_value(model, keys, environ[name]), name))
+            settings.add(_single(model, keys, _parse_value(model, keys, environ[name]), name))
         elif not any(keys[0] in other.model_fields for other in COMPONENTS.values()):
             # one meant for another component on this machine is no mistake; this is
             known = [f"HYPHA_{field.upper()}" for field in model.model_fields]
-            wrong = _unknown(name, [*known, "HYPHA_LOG"])
-            layers.append(Layer(problems=[Problem(key="", source=name, message=wrong)]))
+            settings.problems.append(Problem("", _unknown(name, [*known, "HYPHA_LOG"]), name))
     for name, key, value in otel_settings(environ):
-        layers.append(_single(model, [key], value, name))
-    return layers
+        settings.add(_single(model, [key], value, name))
 
 
 def _single(model: type[Section], keys: Sequence[str], value: Value, source: str) -> Layer:
-    raw: Value = value
-    for key in reversed(keys):
+    *above, last = keys
+    raw: dict[str, Value] = {last: value}
+    for key in reversed(above):
         raw = {key: raw}
-    return fold(model, raw if isinstance(raw, dict) else {}, lambda _: Origin(source), base=None)
+    return Layer(model, raw, source)
 
 
 def parse_setting(model: type[Section], text: str) -> Flag:
@@ -152,9 +148,9 @@ def parse_setting(model: type[Section], text: str) -> Flag:
 
 def _parse_value(model: type[Section], keys: Sequence[str], text: str) -> Value:
     """The value of a key as TOML, else JSON, else as it is; text stays text where text is wanted."""
-    path = canonical_path(model, tuple(int(key) if key.isdigit() else key for key in keys))
+    path, table = located(model, tuple(int(key) if key.isdigit() else key for key in keys))
     stripped = text.strip()
-    if is_text(model, path) and stripped[:1] not in ('"', "'"):
+    if is_text(table, path[-1]) and stripped[:1] not in ('"', "'"):
         return text
     try:
         value: Any = tomllib.loads(f"value = {stripped}")["value"]
@@ -166,18 +162,18 @@ def _parse_value(model: type[Section], keys: Sequence[str], text: str) -> Value:
     return value  # type: ignore[no-any-return]
 
 
-def _placed(problem: Problem, merged: Layer) -> Problem:
+def _placed(problem: Problem, settings: Settings) -> Problem:
     """A problem found in a file that a key names, told where that key stands."""
     message = f"{problem.source}: {problem.message}" if problem.source else problem.message
-    return merged.problem(tuple(problem.key.split(".")), message) if problem.key else problem
+    return settings.problem(tuple(problem.key.split(".")), message) if problem.key else problem
 
 
-def _pydantic_problems(model: type[Section], exc: ValidationError, merged: Layer) -> list[Problem]:
+def _pydantic_problems(settings: Settings, exc: ValidationError) -> list[Problem]:
     found: dict[KeyPath, list[str]] = {}
     for error in exc.errors(include_url=False):
-        loc = canonical_path(model, tuple(error["loc"]))
+        loc, table = located(settings.model, tuple(error["loc"]))
         if error["type"] == "extra_forbidden":
-            message = _unknown_key(model, loc)
+            message = _unknown_key(settings.model, table, loc)
         elif error["type"] == "missing":
             message = "it is required and not set"
         elif error["type"] == "path_type":
@@ -191,14 +187,14 @@ def _pydantic_problems(model: type[Section], exc: ValidationError, merged: Layer
             if isinstance(given, str | int | float | bool) and not secret:
                 message += f", not {given!r}"
         found.setdefault(loc, []).append(message)
-    return [merged.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]
+    return [settings.problem(loc, " or ".join(dict.fromkeys(messages))) for loc, messages in found.items()]
 
 
-def _unknown_key(model: type[Section], loc: KeyPath) -> str:
+def _unknown_key(model: type[Section], table: type[Section] | None, loc: KeyPath) -> str:
     key = str(loc[-1])
     if len(loc) > 1 and key.replace("-", "_") in model.model_fields:
         return "it belongs to the top level: write it above the first [table]"
-    return _unknown(key, fields_at(model, loc[:-1]))
+    return _unknown(key, list(table.model_fields) if table is not None else [])
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -206,9 +202,3 @@ def _unknown(name: str, known: list[str]) -> str:
     if near:
         return f"there is no such key; did you mean {near[0]}?"
     return f"there is no such key; known are {', '.join(sorted(known))}"
-
-
-def _ordered(problems: list[Problem]) -> list[Problem]:
-    """By file and line, each once."""
-    unique = dict.fromkeys(problems)
-    return sorted(unique, key=lambda problem: (problem.source, problem.line or 0))

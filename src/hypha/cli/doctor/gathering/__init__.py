@@ -13,6 +13,7 @@ from hypha.naming import cleaned
 from hypha.runtime import in_thread
 
 T = TypeVar("T")
+Find = Callable[[], Awaitable[Any]]
 #: of a sentence that a peer has written
 _MOST = 500
 
@@ -20,6 +21,23 @@ _MOST = 500
 def readable(text: str) -> str:
     """``text``, which a peer may have written, in one line without anything that controls a terminal."""
     return cleaned(text, _MOST)
+
+
+async def at_once(*finds: Find) -> list[Any]:
+    """What each of ``finds`` gives; all run at the same time."""
+    found: list[Any] = [None] * len(finds)
+
+    async def run(number: int) -> None:
+        found[number] = await finds[number]()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(len(finds)):
+            nursery.start_soon(run, number)
+    return found
+
+
+#: finds nothing, where there is nothing to look at
+nothing: Find = trio.lowlevel.checkpoint
 
 
 class Gathering:

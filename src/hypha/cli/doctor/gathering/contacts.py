@@ -110,7 +110,8 @@ async def _meet(node: Libp2pNode, known: Address, address: str) -> str:
         peer = await node.who_is_at(address)
     except NetworkError as exc:
         reason = str(exc).removeprefix(at)
-        raise _NotMet(_failure(exc, reason), readable(reason)) from exc
+        failure: Failure = "trust" if failure_of(exc) == "certificate" else "unreachable"
+        raise _NotMet("other" if NO_HYPHA_NODE in reason else failure, readable(reason)) from exc
     if known.peer not in (None, peer):
         raise _NotMet("other", f"{peer} is there, and not who the address names", peer)
     if peer == node.peer_id:
@@ -118,12 +119,6 @@ async def _meet(node: Libp2pNode, known: Address, address: str) -> str:
     node.remember(str(Address(known.transport, peer)))
     await _connect(node, peer, at)
     return peer
-
-
-def _failure(exc: NetworkError, reason: str) -> Failure:
-    if NO_HYPHA_NODE in reason:
-        return "other"
-    return "trust" if failure_of(exc) == "certificate" else "unreachable"
 
 
 async def _ask(node: Libp2pNode, contact: Contact) -> Contact:

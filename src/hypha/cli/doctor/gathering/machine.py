@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from hypha.cli.doctor.gathered import (
     MachineObservations,
     ServiceObservations,
 )
-from hypha.cli.doctor.gathering import Gathering
+from hypha.cli.doctor.gathering import Gathering, at_once, nothing
 from hypha.cli.doctor.subject import own_certificate
 from hypha.config.environment import child_environment
 from hypha.config.job import JobConfig
@@ -38,7 +40,7 @@ from hypha.net.sockets import buffer_shortfalls
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 from hypha.runtime import free_bytes, in_thread
 from hypha.telemetry.health import versions
-from hypha.worker.limits.detecting import DetectedMachine, detect
+from hypha.worker.limits.detecting import detect
 
 DISK_S = 30.0
 ACCELERATORS_S = 60.0
@@ -57,32 +59,18 @@ async def gather_machine(
     gathering: Gathering, config: NodeConfig | None, driver: Path = _DRIVER
 ) -> MachineObservations:
     """All of it; ``driver`` is where the kernel's NVIDIA module says its version."""
-    places = writing_places(config)
-    directories: dict[str, Directory | None] = {key: None for key, _ in places}
-    accelerators: Accelerators | None = None
-    has: DetectedMachine | None = None
-
-    async def look_at_disk(key: str, path: Path) -> None:
-        directories[key] = await gathering.in_thread(DISK_S, f"the disk of {key}", _directory, key, path)
-
-    async def look_at_accelerators() -> None:
-        nonlocal accelerators
-        accelerators = await gathering.within(
-            ACCELERATORS_S, "what torch can use", lambda: read_accelerators(driver)
-        )
-
-    async def look_at_resources(work_dir: Path) -> None:
-        nonlocal has
-        environment = child_environment()
-        has = await gathering.in_thread(DISK_S, "what this machine has", detect, work_dir, environment)
-
-    async with trio.open_nursery() as nursery:
-        for key, path in places:
-            nursery.start_soon(look_at_disk, key, path)
-        if isinstance(config, WorkerConfig):
-            nursery.start_soon(look_at_resources, config.work_dir)
-            if any(one.cmd is None for one in config.executors):
-                nursery.start_soon(look_at_accelerators)
+    disks = [
+        partial(gathering.in_thread, DISK_S, f"the disk of {key}", _directory, key, path)
+        for key, path in writing_places(config)
+    ]
+    resources, torch = nothing, nothing
+    if isinstance(config, WorkerConfig):
+        arguments = (detect, config.work_dir, child_environment())
+        resources = partial(gathering.in_thread, DISK_S, "what this machine has", *arguments)
+        if any(one.cmd is None for one in config.executors):
+            look = partial(read_accelerators, driver)
+            torch = partial(gathering.within, ACCELERATORS_S, "what torch can use", look)
+    has, accelerators, *directories = await at_once(resources, torch, *disks)
     return MachineObservations(
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         receive_buffer=_largest("tcp_rmem"),
@@ -90,7 +78,7 @@ async def gather_machine(
         has=has,
         buffer_shortfalls=() if config is None else tuple(buffer_shortfalls(config.tuning.sockets)),
         versions=await in_thread(versions),
-        directories=tuple(one for one in directories.values() if one is not None),
+        directories=tuple(one for one in directories if one is not None),
         accelerators=accelerators,
     )
 
@@ -182,25 +170,20 @@ def gather_identity(files: IdentityFiles) -> tuple[IdentityObservations, Identit
     ends = {} if own is None else {"certificate": own.certificate.not_valid_after_utc}
     if identity is not None:
         ends |= identity.expirations()
-    roles = None if own is None else own.roles
+    mode: int | None = None
+    with suppress(OSError):
+        mode = stat.S_IMODE(files.key.stat().st_mode)
     observed = IdentityObservations(
         files=files,
         now=datetime.now(UTC),
         peer=identity.peer_id if identity is not None else (own.peer_id or "" if own is not None else ""),
-        roles=roles,
-        key_mode=_mode(files),
+        roles=None if own is None else own.roles,
+        key_mode=mode,
         begins=None if own is None else own.certificate.not_valid_before_utc,
         ends=ends,
         problems=problems,
     )
     return observed, identity
-
-
-def _mode(files: IdentityFiles) -> int | None:
-    try:
-        return stat.S_IMODE(files.key.stat().st_mode)
-    except OSError:
-        return None
 
 
 def gather_served(config: DataConfig) -> ServiceObservations:
@@ -210,35 +193,26 @@ def gather_served(config: DataConfig) -> ServiceObservations:
     unusable: list[tuple[str, str]] = []
     for entry in entries:
         try:
-            names.append(_name_of(entry))
+            if (entry.path / MANIFEST_FILE).exists():
+                names.append(load_dataset_directory(entry.path, entry.name).name)
+            elif any(entry.path.glob(f"*{SUFFIX}")):
+                # the node makes a manifest when it starts, which takes its time
+                names.append(entry.name or entry.path.resolve().name)
+            else:
+                unusable.append((str(entry.path), f"it holds neither {MANIFEST_FILE} nor any slice"))
         except DataError as exc:
             unusable.append((str(entry.path), "; ".join(str(exc).splitlines())))
     return ServiceObservations(tuple(names), tuple(unusable))
-
-
-def _name_of(entry: DatasetConfig) -> str:
-    """Raises DataError where it cannot be served."""
-    if (entry.path / MANIFEST_FILE).exists():
-        return load_dataset_directory(entry.path, entry.name).name
-    if not any(entry.path.glob(f"*{SUFFIX}")):
-        raise DataError(f"it holds neither {MANIFEST_FILE} nor any slice")
-    # the node makes a manifest when it starts, which takes its time
-    return entry.name or entry.path.resolve().name
 
 
 def parameters_of(job: JobConfig) -> int | None:
     """Numbers in all tensors of the model's safetensors files, where its directory is here and has any."""
     if job.model.path is None or not job.model.path.is_dir():
         return None
-    counts = [_numbers(path) for path in sorted(job.model.path.glob("*.safetensors"))]
-    return sum(counts) or None
-
-
-def _numbers(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
+    count = 0
+    for path in job.model.path.glob("*.safetensors"):
+        with suppress(OSError, Undecodable, AttributeError, KeyError, TypeError), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header: Any = decode(json.loads, file.read(min(size, _MAX_HEADER_BYTES)))
-        return sum(math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__")
-    except (OSError, Undecodable, AttributeError, KeyError, TypeError):
-        return 0
+            count += sum(math.prod(one["shape"]) for key, one in header.items() if key != "__metadata__")
+    return count or None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from hypha.cli.doctor.gathered import (
     Port,
     Provider,
 )
-from hypha.cli.doctor.gathering import Gathering, readable
+from hypha.cli.doctor.gathering import Gathering, at_once, readable
 from hypha.cli.doctor.gathering.contacts import NAME_S, dial_back, look_at
-from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, gather_running, owned
+from hypha.cli.doctor.gathering.own_node import ask_health, free_ports, owned, read_running
 from hypha.cli.doctor.subject import Subject
 from hypha.config.job import DatasetRef
 from hypha.config.models import GatewayConfig, LeafConfig, NodeConfig
@@ -71,88 +71,146 @@ async def gather_network(
         guest=True,
     )
     async with open_node(options) as node:
-        looked = await gathering.within(
-            PORTS_S, "who has the ports", lambda: owned(ports, node.peer_id, node.who_is_at)
-        )
-        found = looked or tuple(ports)
-        running = any(one.state == "own" for one in found)
-        gateways, others = await _contacts(node, gathering, config, peers)
-        dialled = await _dialled(node, gathering, config, found, gateways, running)
-        served = await _dataset(node, gathering, subject, dataset, gateways, running)
-        data_nodes = [
-            await look_at(node, gathering, provider.peer)
-            for provider in (served.providers if served is not None else ())[:MOST_DATA_NODES]
-            if not provider.reason
-        ]
+        owners = partial(owned, ports, node.peer_id, node.who_is_at)
+        found = await gathering.within(PORTS_S, "who has the ports", owners) or tuple(ports)
+        return await _Surroundings(node, gathering, subject.component, config, found).look(peers, dataset)
+
+
+@dataclass
+class _Surroundings:
+    """Those of ``node``, which is a guest beside the ``component`` that it looks for."""
+
+    node: Libp2pNode
+    gathering: Gathering
+    component: str
+    config: NodeConfig
+    ports: tuple[Port, ...]
+    gateways: tuple[Contact, ...] = ()
+
+    @property
+    def running(self) -> bool:
+        """Whether the component runs here."""
+        return any(one.state == "own" for one in self.ports)
+
+    async def look(self, peers: Sequence[str], dataset: DatasetRef | None) -> Observations:
+        config, component = self.config, self.component
+        if any(not one.startswith("/") for one in peers):
+            await self.gathering.within(JOIN_S, "who has the PeerIDs", self._joined)
+        # one after the other: they would take each other's bandwidth
+        named = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
+        self.gateways = tuple([await self._contact(address, gateway=True) for address in named])
+        others = tuple([await self._contact(address) for address in peers])
+        dialled = tuple(await self._dialled())
+        served = None if dataset is None or component == "data" else await self._dataset(dataset)
+        providers = served.providers[:MOST_DATA_NODES] if served is not None else ()
+        data_nodes = tuple([await self._contact(one.peer) for one in providers if not one.reason])
         counted = None
-        address, scheduler = config.http_address, subject.component == "scheduler"
-        if address is not None and any(one.state == "own" and one.key == "http_address" for one in found):
-            counted = await gathering.within(
-                RUNNING_S, "what the running node counts", partial(gather_running, address, scheduler)
-            )
-        return Observations(
-            network=NetworkObservations(found, gateways, others, tuple(data_nodes), tuple(dialled), running),
-            dataset=served,
-            running=counted,
-        )
+        if any(one.state == "own" and one.key == "http_address" for one in self.ports):
+            arguments = (read_running, config.http_address, component == "scheduler")
+            counted = await self.gathering.in_thread(RUNNING_S, "what the running node counts", *arguments)
+        network = NetworkObservations(self.ports, self.gateways, others, data_nodes, dialled, self.running)
+        return Observations(network=network, dataset=served, running=counted)
 
+    async def _contact(self, address: str, gateway: bool = False) -> Contact:
+        return await look_at(self.node, self.gathering, address, gateway)
 
-async def _contacts(
-    node: Libp2pNode, gathering: Gathering, config: NodeConfig, peers: Sequence[str]
-) -> tuple[tuple[Contact, ...], tuple[Contact, ...]]:
-    gateways = config.gateway_addresses if isinstance(config, LeafConfig | GatewayConfig) else []
-    if any(not one.startswith("/") for one in peers):
-        await gathering.within(JOIN_S, "who has the PeerIDs", lambda: _joined(node))
-    # one after the other: they would take each other's bandwidth
-    found = [await look_at(node, gathering, address, gateway=True) for address in gateways]
-    return tuple(found), tuple([await look_at(node, gathering, address) for address in peers])
+    async def _joined(self) -> bool:
+        await self.node.wait_connected()
+        return True
 
-
-async def _dialled(
-    node: Libp2pNode,
-    gathering: Gathering,
-    config: NodeConfig,
-    ports: tuple[Port, ...],
-    gateways: tuple[Contact, ...],
-    running: bool,
-) -> list[Dialled]:
-    """By gateways, and from here where this is one itself, or where somebody was told to dial it."""
-    if any(one.state in ("other", "foreign") and one.key == "listen_addresses" for one in ports):
-        return []  # there it is not this node that listens
-    found: list[Dialled] = []
-    numbers = await _ports_of(node, config, running)
-    external: list[str] = []
-    for address in config.external_addresses:
-        places = await _places(address)
-        external += places
-        if not places and not isinstance(config, GatewayConfig):
-            found.append(Dialled(address, reason="its name has no address here", external=True))
-    for gateway in gateways:
-        if gateway.failure is not None or gateway.stalled or gateway.relayed or not gateway.seen_at:
-            continue
-        host, _ = host_and_port(gateway.seen_at[-1])
-        kind = "ip6" if ":" in host else "ip4"
-        here = [f"/{kind}/{host}/tcp/{number}" for number in numbers]
-        if wanted := list(dict.fromkeys([*external, *here])):
-            tried = await dial_back(node, gathering, gateway, wanted)
-            found += [replace(one, external=one.address in external) for one in tried]
-    if isinstance(config, GatewayConfig):
+    async def _dialled(self) -> list[Dialled]:
+        """By gateways, and from here where this is one itself, or where somebody was told to dial it."""
+        if any(one.state in ("other", "foreign") and one.key == "listen_addresses" for one in self.ports):
+            return []  # there it is not this node that listens
+        config = self.config
+        found: list[Dialled] = []
+        numbers = await self._port_numbers()
+        external: list[str] = []
         for address in config.external_addresses:
-            found.append(await _dialled_from_here(node, address))
-    return found
+            places = await _places(address)
+            external += places
+            if not places and not isinstance(config, GatewayConfig):
+                found.append(Dialled(address, reason="its name has no address here", external=True))
+        for gateway in self.gateways:
+            if gateway.failure is not None or gateway.stalled or gateway.relayed or not gateway.seen_at:
+                continue
+            host, _ = host_and_port(gateway.seen_at[-1])
+            kind = "ip6" if ":" in host else "ip4"
+            here = [f"/{kind}/{host}/tcp/{number}" for number in numbers]
+            if wanted := list(dict.fromkeys([*external, *here])):
+                tried = await dial_back(self.node, self.gathering, gateway, wanted)
+                found += [replace(one, external=one.address in external) for one in tried]
+        if isinstance(config, GatewayConfig):
+            found += [await self._dialled_from_here(address) for address in config.external_addresses]
+        return found
 
+    async def _port_numbers(self) -> list[int]:
+        """Those that this node listens on, or the running one; none where nobody knows that."""
+        fixed = {number for address in self.config.listen_addresses if (number := host_and_port(address)[1])}
+        listening = {host_and_port(address)[1] for address in self.node.listen_addresses()}
+        if listening and not self.running:
+            return sorted(listening)
+        if self.running and not fixed and self.config.http_address is not None:
+            report = await ask_health(self.config.http_address)
+            addresses = report.details.get("addresses", "").split() if report is not None else []
+            fixed = {host_and_port(one)[1] for one in addresses if "/p2p-circuit" not in one}
+        return sorted(fixed)
 
-async def _ports_of(node: Libp2pNode, config: NodeConfig, running: bool) -> list[int]:
-    """Those that this node listens on, or the running one; none where nobody knows that."""
-    fixed = {number for address in config.listen_addresses if (number := host_and_port(address)[1])}
-    listening = {host_and_port(address)[1] for address in node.listen_addresses()}
-    if listening and not running:
-        return sorted(listening)
-    if running and not fixed and config.http_address is not None:
-        report = await ask_health(config.http_address)
-        addresses = report.details.get("addresses", "").split() if report is not None else []
-        fixed = {host_and_port(one)[1] for one in addresses if "/p2p-circuit" not in one}
-    return sorted(fixed)
+    async def _dialled_from_here(self, address: str) -> Dialled:
+        try:
+            with trio.fail_after(EXTERNAL_S):
+                peer = await self.node.who_is_at(address)
+        except trio.TooSlowError:
+            return Dialled(address, reason=f"no answer within {EXTERNAL_S:g} s")
+        except NetworkError as exc:
+            return Dialled(address, reason=readable(str(exc).partition(": ")[2] or str(exc)))
+        wrong = f"{peer} is there, which is another node" if peer != self.node.peer_id else ""
+        return Dialled(address, reason=wrong)
+
+    async def _dataset(self, wanted: DatasetRef) -> DatasetObservations | None:
+        what = f"who serves {wanted.dataset!r}"
+        if not any(one.failure is None for one in self.gateways):
+            why = "no gateway can be asked" if self.gateways else "this configuration names no gateway to ask"
+            self.gathering.note(what, why)
+            return None
+        if await self.gathering.within(JOIN_S, what, self._joined) is None:
+            return None
+        return await self.gathering.within(DATASET_S, what, partial(self._providers, wanted))
+
+    async def _providers(self, wanted: DatasetRef) -> DatasetObservations:
+        name, find = wanted.dataset, self.node.find_providers
+        refs = await find(name)
+        near = [] if refs else [one for one in _alike(name) if await find(one)]
+        others = sorted((ref for ref in refs if ref.peer != self.node.peer_id), key=lambda ref: ref.peer)
+        found = await at_once(*(partial(self._provider, ref, wanted) for ref in others))
+        return DatasetObservations(name, tuple(found), tuple(near), wanted.manifest_hash)
+
+    async def _provider(self, ref: PeerRef, wanted: DatasetRef) -> Provider:
+        node, describe = self.node, self.component in _CONSUMERS
+        try:
+            if describe:
+                answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
+            else:
+                # as far as a node knows that may not ask
+                await node.connect(ref)
+        except NetworkError as exc:
+            refused = isinstance(exc, Refused) and exc.code in ("role", "not-allowed", "not-found")
+            reason = exc.reason if isinstance(exc, Refused) else str(exc)
+            return Provider(ref.peer, name_of(ref.peer), reason=readable(reason), refused=refused)
+        ways = {one.kind for one in node.connections() if one.peer == ref.peer}
+        provider = Provider(ref.peer, name_of(ref.peer), relayed=ways == {"relayed"})
+        if not describe:
+            return provider
+        if (problem := why_not_used(wanted, node, ref.peer)) is not None:
+            return replace(provider, reason=f"it {problem}", refused=True)
+        if not isinstance(answer, DatasetDescription):
+            return replace(provider, reason=f"it answers with {type(answer).__name__}")
+        if problem := await in_thread(manifest_problem, answer.manifest, answer.manifest_hash):
+            return replace(provider, reason=f"it does not serve what it says: {readable(problem)}")
+        # what a data node sends goes to the node that runs, never to a guest beside it
+        rate = None if self.running else await _pull_rate(node, ref, wanted.dataset, answer.manifest)
+        largest = max((one.size for one in answer.manifest.slices), default=0)
+        return replace(provider, manifest_hash=answer.manifest_hash, largest_slice=largest, rate=rate)
 
 
 async def _places(address: str) -> list[str]:
@@ -170,67 +228,6 @@ async def _places(address: str) -> list[str]:
     return []
 
 
-async def _dialled_from_here(node: Libp2pNode, address: str) -> Dialled:
-    try:
-        with trio.fail_after(EXTERNAL_S):
-            peer = await node.who_is_at(address)
-    except trio.TooSlowError:
-        return Dialled(address, reason=f"no answer within {EXTERNAL_S:g} s")
-    except NetworkError as exc:
-        return Dialled(address, reason=readable(str(exc).partition(": ")[2] or str(exc)))
-    wrong = f"{peer} is there, which is another node" if peer != node.peer_id else ""
-    return Dialled(address, reason=wrong)
-
-
-async def _dataset(
-    node: Libp2pNode,
-    gathering: Gathering,
-    subject: Subject,
-    dataset: DatasetRef | None,
-    gateways: tuple[Contact, ...],
-    running: bool,
-) -> DatasetObservations | None:
-    if dataset is None or subject.component == "data":
-        return None
-    what = f"who serves {dataset.dataset!r}"
-    if not any(one.failure is None for one in gateways):
-        why = "no gateway can be asked" if gateways else "this configuration names no gateway to ask"
-        gathering.note(what, why)
-        return None
-    if await gathering.within(JOIN_S, what, lambda: _joined(node)) is None:
-        return None
-    describe = subject.component in _CONSUMERS
-    # what a data node sends goes to the node that runs, never to a guest beside it
-    pull = describe and not running
-    return await gathering.within(DATASET_S, what, lambda: gather_dataset(node, dataset, describe, pull))
-
-
-async def _joined(node: Libp2pNode) -> bool:
-    await node.wait_connected()
-    return True
-
-
-async def gather_dataset(
-    node: Libp2pNode, wanted: DatasetRef, describe: bool, pull: bool
-) -> DatasetObservations:
-    """Whether this node may ``describe`` and ``pull`` it is known. NetworkError: nobody can be asked."""
-    name = wanted.dataset
-    refs = await node.find_providers(name)
-    near = [] if refs else [one for one in _alike(name) if await node.find_providers(one)]
-    found: dict[str, Provider] = {}
-
-    async def look(ref: PeerRef) -> None:
-        found[ref.peer] = await _provider(node, ref, wanted, describe, pull)
-
-    async with trio.open_nursery() as nursery:
-        for ref in refs:
-            if ref.peer != node.peer_id:
-                nursery.start_soon(look, ref)
-    return DatasetObservations(
-        name, tuple(found[peer] for peer in sorted(found)), tuple(near), wanted.manifest_hash
-    )
-
-
 def _alike(name: str) -> list[str]:
     """Names that somebody may have meant: the gateways' directory finds exact ones alone."""
     changed = (
@@ -243,46 +240,6 @@ def _alike(name: str) -> list[str]:
         name.lower().replace("_", "-"),
     )
     return [one for one in dict.fromkeys(changed) if one and one != name]
-
-
-async def _provider(
-    node: Libp2pNode, ref: PeerRef, wanted: DatasetRef, describe: bool, pull: bool
-) -> Provider:
-    if not describe:
-        return await _reached(node, ref)
-    try:
-        answer = await node.request(ref, DescribeDataset(dataset=wanted.dataset), ASK_S)
-    except NetworkError as exc:
-        refused = isinstance(exc, Refused) and exc.code in ("role", "not-allowed", "not-found")
-        reason = exc.reason if isinstance(exc, Refused) else str(exc)
-        return Provider(ref.peer, name_of(ref.peer), reason=readable(reason), refused=refused)
-    provider = Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
-    if (problem := why_not_used(wanted, node, ref.peer)) is not None:
-        return replace(provider, reason=f"it {problem}", refused=True)
-    if not isinstance(answer, DatasetDescription):
-        return replace(provider, reason=f"it answers with {type(answer).__name__}")
-    if problem := await in_thread(manifest_problem, answer.manifest, answer.manifest_hash):
-        return replace(provider, reason=f"it does not serve what it says: {readable(problem)}")
-    return replace(
-        provider,
-        manifest_hash=answer.manifest_hash,
-        largest_slice=max((one.size for one in answer.manifest.slices), default=0),
-        rate=await _pull_rate(node, ref, wanted.dataset, answer.manifest) if pull else None,
-    )
-
-
-async def _reached(node: Libp2pNode, ref: PeerRef) -> Provider:
-    """As far as a node knows that may not ask."""
-    try:
-        await node.connect(ref)
-    except NetworkError as exc:
-        return Provider(ref.peer, name_of(ref.peer), reason=readable(str(exc)))
-    return Provider(ref.peer, name_of(ref.peer), relayed=_relayed(node, ref.peer))
-
-
-def _relayed(node: Libp2pNode, peer: str) -> bool:
-    ways = {one.kind for one in node.connections() if one.peer == peer}
-    return ways == {"relayed"}
 
 
 async def _pull_rate(node: Libp2pNode, ref: PeerRef, name: str, manifest: Manifest) -> float | None:

@@ -8,21 +8,23 @@ import errno
 import socket
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from functools import partial
 
-import httpx
-import trio
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from hypha.cli.asking import ask_local, get_local, local_health
 from hypha.cli.doctor.gathered import Port, Running
+from hypha.cli.doctor.gathering import at_once
 from hypha.config.models import NodeConfig
-from hypha.decoding import decode, decode_json
-from hypha.errors import NetworkError, Undecodable
+from hypha.decoding import decode
+from hypha.errors import HyphaError, NetworkError, Undecodable
 from hypha.messages import HealthReport
 from hypha.net.peers.addresses import host_and_port
+from hypha.runtime import in_thread
 from hypha.scheduler.status.snapshot import JobSnapshot
 
-HTTP_S = 3.0
 _ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -63,75 +65,53 @@ async def owned(
     ports: list[Port], own_peer: str, who_is_at: Callable[[str], Awaitable[str]]
 ) -> tuple[Port, ...]:
     """``ports`` with those that are ``own``: a node with the PeerID ``own_peer`` answers there."""
-    found = list(ports)
-
-    async def look(number: int) -> None:
-        found[number] = await _owner(ports[number], own_peer, who_is_at)
-
-    async with trio.open_nursery() as nursery:
-        for number, port in enumerate(ports):
-            if port.state == "other":
-                nursery.start_soon(look, number)
-    return tuple(found)
+    return tuple(await at_once(*(partial(_owner, port, own_peer, who_is_at) for port in ports)))
 
 
 async def _owner(port: Port, own_peer: str, who_is_at: Callable[[str], Awaitable[str]]) -> Port:
+    if port.state != "other":
+        return port
+    peer, why = "", ""
     if port.key == "http_address":
         report = await ask_health(port.address)
-        peer, why = (
-            (report.peer, "") if report is not None else ("", "what listens there is no node of Hypha")
-        )
+        peer = report.peer if report is not None else ""
+        why = "what listens there is no node of Hypha"
     else:
         host, number = host_and_port(port.address)
         here = _ANY.get(host, host)
         try:
             peer = await who_is_at(f"/{'ip6' if ':' in here else 'ip4'}/{here}/tcp/{number}")
-            why = ""
         except NetworkError as exc:
-            peer, why = "", str(exc).partition(": ")[2] or str(exc)
+            why = str(exc).partition(": ")[2] or str(exc)
     if peer == own_peer:
         return Port(port.key, port.address, "own")
-    return Port(port.key, port.address, "other", why or f"the node {peer} listens there")
+    return Port(port.key, port.address, "other", f"the node {peer} listens there" if peer else why)
 
 
 async def ask_health(address: str) -> HealthReport | None:
     """What the local HTTP at ``host:port`` says of its node."""
-    body = await ask_http(address, "/health")
-    if body is None:
-        return None
     try:
-        return decode_json(body, HealthReport)
-    except Undecodable:
+        return await in_thread(local_health, address, abandon_on_cancel=True)
+    except HyphaError:
         return None
 
 
-async def ask_http(address: str, path: str) -> bytes | None:
-    """The body of ``GET path``, whatever its status; None where nobody answers in time."""
-    host, _, port = address.rpartition(":")
-    here = _ANY.get(host.strip("[]"), host)
-    try:
-        async with httpx.AsyncClient(timeout=HTTP_S, trust_env=False) as client:
-            answer = await client.get(f"http://{here}:{port}{path}")
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return None
-    return answer.content if answer.status_code in (200, 503) else None
-
-
-async def gather_running(http_address: str, scheduler: bool) -> Running:
-    """Empty where it says nothing."""
+def read_running(http_address: str, scheduler: bool) -> Running:
+    """Empty where it says nothing. Blocks."""
     badput: dict[str, float] = {}
-    if scheduler and (body := await ask_http(http_address, "/status")) is not None:
-        badput = shares_in(body)
-    body = await ask_http(http_address, "/metrics")
-    return Running(badput) if body is None else counted(badput, body)
+    with suppress(HyphaError):
+        if scheduler:
+            badput = shares_in(ask_local(http_address, "status", JobSnapshot))
+    with suppress(HyphaError):
+        _, answer = get_local(http_address, "metrics")
+        if answer.is_success:
+            return counted(badput, answer.content)
+    return Running(badput)
 
 
-def shares_in(status: bytes) -> dict[str, float]:
+def shares_in(job: JobSnapshot) -> dict[str, float]:
     """Of all worker seconds of a job, by what they went to."""
-    try:
-        goodput = decode_json(status, JobSnapshot).goodput
-    except Undecodable:
-        return {}
+    goodput = job.goodput
     if goodput is None or goodput.places * goodput.wall_s <= 0:
         return {}
     whole_s = goodput.places * goodput.wall_s
@@ -141,9 +121,12 @@ def shares_in(status: bytes) -> dict[str, float]:
 def counted(badput: dict[str, float], metrics: bytes) -> Running:
     """What the text of ``/metrics`` counts."""
     try:
-        samples = decode(_samples, metrics.decode(errors="replace"))
+        families = decode(
+            lambda text: [*text_string_to_metric_families(text)], metrics.decode(errors="replace")
+        )
     except Undecodable:
-        samples = []
+        families = []
+    samples = [sample for family in families for sample in family.samples]
 
     def total(name: str, **labels: str) -> float:
         return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
@@ -165,10 +148,6 @@ def counted(badput: dict[str, float], metrics: bytes) -> Running:
         training=int(total("hypha_worker_jobs", kind="train")),
         gpu_utilization=tuple(one.value for one in samples if one.name == "hypha_worker_gpu_utilization"),
     )
-
-
-def _samples(text: str) -> list[Sample]:
-    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def _by_outcome(samples: Iterable[Sample], name: str) -> dict[str, int]:

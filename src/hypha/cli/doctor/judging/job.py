@@ -79,7 +79,7 @@ def judge_job(job: JobConfig, parameters: int | None, gateways: tuple[Contact, .
         yield checks.PARAMETER_SERVER_SMALL.found(
             f"a model of {parameters} parameters takes {needed:.3g} GB at the parameter server, and "
             f"resources.parameter_server.memory is {offered:g}",
-            f"set scheduler.job.resources.parameter_server.memory to at least {needed + 0.5:.1f}",
+            GB=f"{needed + 0.5:.1f}",
         )
     ups = [one.up for one in gateways if one.up]
     downs = [one.down for one in gateways if one.down]
@@ -117,9 +117,7 @@ def judge_dataset(observed: DatasetObservations) -> Iterator[Finding]:
 def judge_served(observed: ServiceObservations, wanted: str | None) -> Iterator[Finding]:
     """Whether a data node can serve what it is to, has announced it, and serves what a job ``wanted``."""
     for place, problem in observed.unusable:
-        yield checks.DATASET_UNUSABLE.found(
-            f"{place}: {problem}", f"`hypha-data prepare <source> {place}`, or correct its path"
-        )
+        yield checks.DATASET_UNUSABLE.found(f"{place}: {problem}", directory=place)
     served = ", ".join(map(repr, observed.names)) or "nothing"
     if observed.announced is False and observed.names:
         yield checks.DATASET_NOT_ANNOUNCED.found(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from hypha.cli.doctor import checks
-from hypha.cli.doctor.checks import Finding
+from hypha.cli.doctor.checks import Finding, Severity
 from hypha.cli.doctor.gathered import (
     Accelerators,
     Contact,
@@ -46,7 +46,14 @@ _ENDING = {
 
 def judge_machine(observed: MachineObservations, config: NodeConfig | None) -> Iterator[Finding]:
     """All of it; ``config`` says what the node wants of the machine."""
-    yield from _files(observed, config)
+    if observed.open_files is not None and config is not None:
+        gateway = isinstance(config, GatewayConfig)
+        needed = OTHER_FILES + config.max_connections if gateway else LEAF_FILES
+        wants = f"max_connections is {config.max_connections}" if gateway else f"a node needs some {needed}"
+        if observed.open_files < needed:
+            yield checks.FILE_DESCRIPTORS.found(
+                f"{observed.open_files} files may be open (`ulimit -n`), and {wants}"
+            )
     for shortfall in observed.buffer_shortfalls:
         what, _, mend = shortfall.partition("; ")
         yield checks.SOCKET_BUFFERS.found(what, mend)
@@ -60,32 +67,16 @@ def judge_machine(observed: MachineObservations, config: NodeConfig | None) -> I
         yield from _accelerators(observed.accelerators, wanted, gpus)
 
 
-def _files(observed: MachineObservations, config: NodeConfig | None) -> Iterator[Finding]:
-    if observed.open_files is None or config is None:
-        return
-    gateway = isinstance(config, GatewayConfig)
-    needed = OTHER_FILES + config.max_connections if gateway else LEAF_FILES
-    if observed.open_files < needed:
-        wants = f"max_connections is {config.max_connections}" if gateway else f"a node needs some {needed}"
-        yield checks.FILE_DESCRIPTORS.found(
-            f"{observed.open_files} files may be open (`ulimit -n`), and {wants}"
-        )
-
-
 def _directory(directory: Directory) -> Iterator[Finding]:
     place = f"{directory.key} ({directory.path})"
     if directory.problem:
-        yield checks.DIRECTORY.found(
-            f"{place} cannot be written: {directory.problem}",
-            f"`chown $(id -un) {directory.path}`, or choose another {directory.key}",
-        )
+        what = f"{place} cannot be written: {directory.problem}"
+        yield checks.DIRECTORY.found(what, directory=directory.path)
     free = directory.free_bytes
     if free is not None and free < LITTLE_BYTES:
-        yield checks.DISK_FULL.found(
-            f"{place} has {free / MB:.0f} MB left",
-            f"make room in {directory.path}, or move {directory.key}",
-            "error" if free < NOTHING_BYTES else "warning",
-        )
+        severity: Severity = "error" if free < NOTHING_BYTES else "warning"
+        what = f"{place} has {free / MB:.0f} MB left"
+        yield checks.DISK_FULL.found(what, severity=severity, directory=directory.path)
     if directory.write_rate is not None and directory.write_rate < SLOW_DISK:
         rate = directory.write_rate / MB
         yield checks.DISK_SLOW.found(
@@ -127,7 +118,7 @@ def _accelerators(found: Accelerators, wanted_gb: float, gpus: tuple[Gpu, ...]) 
             yield checks.GPU_DRIVER.found(
                 f"torch {found.torch} was built for CUDA {found.built_for}, which needs driver {version}, "
                 f"and this machine has {found.driver}",
-                f"upgrade the driver to at least {version}, or install a torch for an earlier CUDA",
+                version=version,
             )
             return
     if found.driver or gpus:
@@ -178,8 +169,7 @@ def judge_identity(
     if observed.key_mode is not None and observed.key_mode & 0o077:
         told.add("key_pem")
         yield checks.KEY_READABLE.found(
-            f"others can read the private key {files.key} (mode {observed.key_mode:04o})",
-            f"`chmod 600 {files.key}`",
+            f"others can read the private key {files.key} (mode {observed.key_mode:04o})", key_pem=files.key
         )
     if observed.begins is not None and observed.begins > observed.now:
         told.add("cert_pem")
@@ -188,9 +178,8 @@ def judge_identity(
             f"and here it is {observed.now:%Y-%m-%d %H:%M}",
             "set the clock: `timedatectl set-ntp true`; or wait",
         )
-    renew = f"`hypha-certutil renew {files.cert} --ca-cert <ca> --ca-key <key>`"
     for what, end in observed.ends.items():
-        yield from _ending(observed, what, f"{end:%Y-%m-%d %H:%M} UTC", end - observed.now, renew)
+        yield from _ending(observed, what, f"{end:%Y-%m-%d %H:%M} UTC", end - observed.now)
         if what == "certificate" and end <= observed.now:
             told.add("cert_pem")
     for key, message in observed.problems:
@@ -199,22 +188,19 @@ def judge_identity(
     yield from _roles(observed, component, require_roles)
 
 
-def _ending(
-    observed: IdentityObservations, what: str, when: str, left: timedelta, renew: str
-) -> Iterator[Finding]:
+def _ending(observed: IdentityObservations, what: str, when: str, left: timedelta) -> Iterator[Finding]:
     key, words = _ENDING[what]
     place = getattr(observed.files, key)
     if what == "crl":
         if left < CRL_SOON:
             state = "is out of date since" if left <= timedelta() else "is out of date from"
-            yield checks.CRL_OLD.found(
-                f"{words} in {place} {state} {when}",
-                f"`hypha-certutil revoke --ca-cert <ca> --ca-key <key> --crl {place}`, then copy it to all",
-            )
+            yield checks.CRL_OLD.found(f"{words} in {place} {state} {when}", crls_pem=place)
     elif left <= timedelta():
+        renew = f"`hypha-certutil renew {observed.files.cert} --ca-cert <ca> --ca-key <key>`"
         yield checks.CERTIFICATE_EXPIRED.found(f"{words} ({place}) ended on {when}", renew)
     elif left < SOON:
-        yield checks.CERTIFICATE_EXPIRES.found(f"{words} ({place}) ends on {when}", renew)
+        what = f"{words} ({place}) ends on {when}"
+        yield checks.CERTIFICATE_EXPIRES.found(what, cert_pem=observed.files.cert)
 
 
 def _roles(observed: IdentityObservations, component: str, require_roles: bool) -> Iterator[Finding]:
@@ -223,5 +209,6 @@ def _roles(observed: IdentityObservations, component: str, require_roles: bool) 
     has = " and ".join(sorted(observed.roles)) or "no role"
     yield checks.CERTIFICATE_ROLE.found(
         f"the certificate {observed.files.cert} carries {has}, and this node is to be a {component}",
-        f"`hypha-certutil renew {observed.files.cert} --role {component} --ca-cert <ca> --ca-key <key>`",
+        cert_pem=observed.files.cert,
+        component=component,
     )

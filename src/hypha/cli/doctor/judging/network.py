@@ -8,7 +8,14 @@ from statistics import median
 
 from hypha.cli.doctor import checks
 from hypha.cli.doctor.checks import Check, Finding, Severity
-from hypha.cli.doctor.gathered import Contact, Dialled, MachineObservations, NetworkObservations, Port
+from hypha.cli.doctor.gathered import (
+    Contact,
+    Dialled,
+    Failure,
+    MachineObservations,
+    NetworkObservations,
+    Port,
+)
 from hypha.config.models import NodeConfig, WorkerConfig
 
 MBIT = 10**6 / 8
@@ -28,7 +35,7 @@ AT_ITS_LIMIT = 0.7
 FAR_S = 0.02
 LEAST_MTU = 1280
 FULL = 0.9
-_FAILURES: dict[str, Check] = {
+_FAILURES: dict[Failure, Check] = {
     "name": checks.GATEWAY_NAME,
     "unreachable": checks.GATEWAY_UNREACHABLE,
     "other": checks.GATEWAY_OTHER,
@@ -50,10 +57,13 @@ def judge_network(
         yield from _port(port)
     reached = any(one.failure is None for one in observed.gateways)
     for gateway in observed.gateways:
-        if gateway.failure is not None:
-            yield from _failed(gateway, "warning" if reached else "error")
-        else:
+        if gateway.failure is None:
             yield from _gateway(gateway)
+            continue
+        what = f"{gateway.address}: {gateway.reason}"
+        host = gateway.address.removeprefix("/").partition("/")[2].partition("/")[0]
+        severity: Severity = "warning" if reached else "error"
+        yield _FAILURES[gateway.failure].found(what, severity=severity, name=host)
     for peer in observed.peers:
         if peer.failure is not None:
             yield checks.PEER_UNREACHABLE.found(f"{peer.address}: {peer.reason}")
@@ -73,28 +83,13 @@ def _port(port: Port) -> Iterator[Finding]:
     if port.state == "other":
         yield checks.PORT_IN_USE.found(
             f"{port.key} {port.address}: {port.why or 'another process listens there'}",
-            f"`ss -ltnp 'sport = :{number}'` names it; end it, or choose another port in {port.key}",
+            port=number,
         )
     elif port.state == "foreign":
         yield checks.PORT_IN_USE.found(
             f"{port.key} {port.address}: {port.why}",
             f"write an address of this machine into {port.key} (`ip -brief address`), or 0.0.0.0",
         )
-
-
-def _failed(contact: Contact, severity: Severity) -> Iterator[Finding]:
-    check = _FAILURES[contact.failure or "unreachable"]
-    mend = None
-    if contact.failure == "name":
-        mend = (
-            f"correct the name in gateway_addresses, or look at the resolver: `getent hosts {_host(contact)}`"
-        )
-    yield check.found(f"{contact.address}: {contact.reason}", mend, severity)
-
-
-def _host(contact: Contact) -> str:
-    parts = contact.address.split("/")
-    return parts[2] if len(parts) > 2 else contact.address
 
 
 def _gateway(contact: Contact) -> Iterator[Finding]:
@@ -130,11 +125,8 @@ def _clock(contacts: list[Contact]) -> Iterator[Finding]:
     """One finding: with several peers that agree it is this clock that is wrong."""
     skews = []
     for contact in contacts:
-        if contact.clock_s is not None:
-            trip_s = min(contact.round_trips_s, default=0.0)
-            beyond_s = abs(contact.clock_s) - (trip_s if math.isfinite(trip_s) else 0.0)
-            if beyond_s > SKEW_S:
-                skews.append((contact.clock_s, contact))
+        if abs(contact.clock_s or 0.0) - (contact.round_trip_s or 0.0) > SKEW_S:
+            skews.append((contact.clock_s or 0.0, contact))
     if not skews:
         return
     known = [one for one in contacts if one.clock_s is not None]
@@ -175,8 +167,10 @@ def _way(contact: Contact, machine: MachineObservations, line: float | None) -> 
 
 def _buffers(contact: Contact, machine: MachineObservations, line: float | None) -> Iterator[Finding]:
     """Of a buffer a half holds data, the rest the kernel's own words of it (tcp_adv_win_scale)."""
-    trip_s = min(contact.round_trips_s, default=math.inf)
-    if not (0 < trip_s < math.inf) or _is_here(contact):
+    trip_s = contact.round_trip_s
+    # on this very machine nothing is ever on its way
+    here = any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
+    if here or not trip_s:
         return
     for name, buffer, rate in (
         ("receive", machine.receive_buffer, contact.down),
@@ -200,11 +194,6 @@ def _buffers(contact: Contact, machine: MachineObservations, line: float | None)
             )
 
 
-def _is_here(contact: Contact) -> bool:
-    """Whether it is on this very machine, where nothing is ever on its way."""
-    return any(one.startswith(("/ip4/127.", "/ip6/::1/")) for one in (contact.address, *contact.seen_at))
-
-
 def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
     """A lease is renewed at three quarters of its duration; what is left must outlast a pause on the way."""
     trips = [one for contact in contacts for one in contact.round_trips_s if math.isfinite(one)]
@@ -215,7 +204,7 @@ def _lease(config: WorkerConfig, contacts: list[Contact]) -> Iterator[Finding]:
         yield checks.LEASE_SHORT.found(
             f"offer.lease_s is {config.offer.lease_s:g} s, which leaves {config.offer.lease_s / 4:g} s for a "
             f"renewal; pauses of {pause_s:.1f} s are to be expected here",
-            f"set offer.lease_s to at least {max(least_s, 30)} in the worker's configuration",
+            seconds=max(least_s, 30),
         )
 
 
