@@ -19,7 +19,7 @@ from hypha.data.columns import listed, rows_a_block, rows_from
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.splits import choose
 from hypha.data.sources.tables.arrow_columns import is_list, is_text, storage_of
-from hypha.data.sources.tables.tables import Batch, other_columns
+from hypha.data.sources.tables.tables import Batch, Table, other_columns
 from hypha.errors import InputUnusable
 
 #: Rows read at a time, before their size is known to ask for fewer.
@@ -31,14 +31,13 @@ _INDEX = re.compile(r"__index_level_\d+__$")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 
-class ParquetTable:
+class ParquetTable(Table):
     """Parquet files with the same columns. Their order may differ, and how wide their numbers are. ``keep``
     are columns that somebody asked for by name.
     """
 
     def __init__(self, files: list[Path], keep: Collection[str] = ()) -> None:
         self._files = files
-        self.notes: list[str] = []
         schema: Any = None
         for path in files:
             try:
@@ -49,18 +48,15 @@ class ParquetTable:
             if _compared(found) != _compared(schema):
                 raise other_columns(path, _typed(found), files[0], _typed(schema))
         index = [name for name in schema.names if _INDEX.match(name) and name not in keep]
-        self.names: list[str] = [name for name in schema.names if name not in index]
+        types = {field.name: storage_of(field.type) for field in schema if field.name not in index}
+        super().__init__(types, types)
         if index:
-            self.notes.append(
+            self._notes.append(
                 f"{listed(index)} is the index of a pandas data frame and is left out; --column {index[0]} "
                 "takes it"
             )
-        self.types: Mapping[str, Any] = {
-            field.name: storage_of(field.type) for field in schema if field.name not in index
-        }
-        self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
         features = _features(schema)
-        self.labels: Mapping[str, tuple[str, ...]] = _class_names(features)
+        self.labels = _class_names(features)
         images = _of_class(features, "Image")
         self.images = frozenset(
             name
@@ -153,17 +149,16 @@ def _parquet_row_bytes(metadata: Any) -> int:
     return int(size // max(1, metadata.num_rows))
 
 
-class SavedTable:
+class SavedTable(Table):
     def __init__(self, path: Path, dataset: Any, notes: list[str]) -> None:
+        schema = dataset.features.arrow_schema
+        super().__init__(
+            dataset.column_names, {field.name: storage_of(field.type) for field in schema}, notes
+        )
         self._path = path
         self._dataset = dataset.with_format("arrow")
-        self.notes = notes
-        self.names: list[str] = list(dataset.column_names)
-        schema = dataset.features.arrow_schema
-        self.types: Mapping[str, Any] = {field.name: storage_of(field.type) for field in schema}
-        self.labels: Mapping[str, tuple[str, ...]] = _class_names(dataset.features)
+        self.labels = _class_names(dataset.features)
         self.images = frozenset(_of_class(dataset.features, "Image"))
-        self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         chosen = self._dataset.select_columns(names)
