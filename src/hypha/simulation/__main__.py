@@ -1,6 +1,5 @@
-"""``python -m hypha.simulation``: random schedules by seed, shrunk where they fail; with ``--market`` random
-markets, which are only the decisions about leases and prices; with ``--run``, scenarios that come as lines of
-JSON on standard input, for whoever runs many.
+"""``python -m hypha.simulation``: random schedules by seed, shrunk where they fail; with ``--run``, scenarios
+that come as lines of JSON on standard input, for whoever runs many.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import importlib
 import os
 import sys
 
-from hypha.simulation.market.search import search_markets
 from hypha.simulation.search import run_lines, search
 
 
@@ -27,7 +25,6 @@ def main() -> int:
         default="",
         help="called before the first run: something that changes the code, to see whether that is noticed",
     )
-    parser.add_argument("--market", action="store_true", help="workers and schedulers that compete, no jobs")
     parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -38,8 +35,6 @@ def main() -> int:
         sys.stdout.flush()
         # what was killed in a world must not be collected
         os._exit(0)
-    if options.market:
-        return 1 if search_markets(options.first, options.seeds, options.processes, print) else 0
     failed = search(options.first, options.seeds, options.processes, print, change=options.change)
     return 1 if failed else 0
 

@@ -101,9 +101,9 @@ class Holding:
 
 
 async def keep_renewed(held: Holding, node: Node, report: Callable[[Holding, Reported], None]) -> None:
-    """Accept the lease by its first renewal, and renew it as its machine decides, until it lapses or its scope
-    is cancelled. ``report`` receives what becomes of it. A span covers all attempts of one renewal; the first
-    one accepts the offer, and belongs to the span in which that was received.
+    """Accept the lease by its first renewal, and renew it as its machine decides, until it lapses or its
+    scope is cancelled. ``report`` receives what becomes of it. A span covers all attempts of one renewal; the
+    first one accepts the offer, and belongs to the span in which that was received.
     """
     renewal, span = held.renewal, None
     operation, parent = RENEW_LEASE if held.gained else ACCEPT_OFFER, held.offered_in

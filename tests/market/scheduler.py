@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
+from tests.market.market import AGGREGATE, TRAIN, Market, checked_journal
+
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.rules.leases import Denied, Granted, Release, Tick
 from hypha.scheduler.leasing.allocator import Allocator
@@ -33,7 +35,6 @@ from hypha.scheduler.leasing.renewal import (
     RenewalRefused,
     Renewed,
 )
-from hypha.simulation.market.market import AGGREGATE, TRAIN, Market, checked_journal
 from hypha.worker.leasing.events import RenewAsked, RequestReceived
 
 

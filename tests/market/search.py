@@ -1,13 +1,16 @@
 """Random markets by seed: who competes for which workers on what terms, who dies, and what must come of it.
 
-``python -m hypha.simulation --market`` runs thousands. In each, nothing may be booked twice, every lease must
-end with its job or its scheduler, and every job that could be served must be, though others, with higher
-bids, come back for more all the time until it is.
+``python -m tests.market.search`` (``make market``) runs thousands. In each, nothing may be booked twice, every
+lease must end with its job or its scheduler, and every job that could be served must be, though others, with
+higher bids, come back for more all the time until it is.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -15,13 +18,13 @@ from functools import partial
 from random import Random
 
 from msgspec import Struct
+from tests.market.market import Market, MarketWorker
+from tests.market.scheduler import MarketJob, MarketScheduler, Purse
 
 from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
 from hypha.rules.resources import fits
 from hypha.scheduler.leasing.events import SearchTimes
-from hypha.simulation.market.market import Market, MarketWorker
-from hypha.simulation.market.scheduler import MarketJob, MarketScheduler, Purse
 
 #: a job that has not begun so long after it first asked starves: jobs last for ten seconds at most, so it
 #: could have been three hundred of them, one after the other
@@ -245,3 +248,12 @@ def search_markets(first: int, count: int, processes: int, tell: Callable[[str],
         f"was {longest_s:.0f} s, of {STARVED_S:g} s; {failed} failed"
     )
     return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.market.search")
+    parser.add_argument("--seeds", type=int, default=100, help="how many random markets")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    sys.exit(1 if search_markets(options.first, options.seeds, options.processes, print) else 0)

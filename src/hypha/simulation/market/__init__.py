@@ -1,1 +1,0 @@
-"""Many workers and schedulers that compete, with nothing but their decisions."""
