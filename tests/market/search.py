@@ -1,8 +1,8 @@
 """Random markets by seed: who competes for which workers on what terms, who dies, and what must come of it.
 
-``python -m tests.market.search`` (``make market``) runs thousands. In each, nothing may be booked twice, every
-lease must end with its job or its scheduler, and every job that could be served must be, though others, with
-higher bids, come back for more all the time until it is.
+``python -m tests.market.search`` (``make market``) runs thousands. In each, nothing may be booked twice,
+every lease must end with its job or its scheduler, and every job that could be served must be, though others,
+with higher bids, come back for more all the time until it is.
 """
 
 from __future__ import annotations
