@@ -26,7 +26,6 @@ from hypha.errors import HyphaError
 from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import Column
-from hypha.rules.leases import NAME as LEASES
 from hypha.scheduler import JobResult, JobSnapshot, Observation, finished_job, run_job
 from hypha.simulation.configurations import DATASET, NOTICE, data_config, scheduler_config, worker_config
 from hypha.simulation.executors.processes import SimulatedExecutors
@@ -41,6 +40,7 @@ from hypha.simulation.process import (
 from hypha.simulation.scenario import Scenario
 from hypha.worker.jobs.directory import remove_stale
 from hypha.worker.jobs.starting import ExecutorBackend
+from hypha.worker.leasing.arbiter import NAME as ARBITER
 from hypha.worker.limits.limits import Means
 from hypha.worker.node import serve as worker_serve
 
@@ -81,7 +81,7 @@ class Computer:
     def leases(self) -> int:
         """How many leases its worker holds, ended ones that are drained included."""
         for entry in reversed(self.journal.entries):
-            if entry.machine == LEASES and not isinstance(entry.state, str):
+            if entry.machine == ARBITER and entry.state and not isinstance(entry.state, str):
                 return sum(int(str(entry.state[key])) for key in ("leases", "draining"))
         return 0
 
