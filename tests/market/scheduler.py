@@ -244,9 +244,7 @@ class MarketScheduler:
             for action in worker.tell(RenewAsked(lease_id, self.name)):
                 if isinstance(action, Granted):
                     left_s = action.lease.expires_at - self.market.now
-                    contention = worker.arbiter.ageing.contention(
-                        (action.lease.scheduler, action.lease.request_id), self.market.now
-                    )
+                    contention = worker.arbiter.ageing.contention(action.lease, self.market.now)
                     self.market.travel(partial(answer, Renewed(left_s), contention))
                 elif isinstance(action, Denied):
                     self.market.travel(partial(answer, RenewalRefused(action.code, action.reason)))

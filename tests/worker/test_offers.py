@@ -209,6 +209,4 @@ async def test_a_renewal_says_whether_others_ask_for_what_is_leased(autojump_clo
     lease_service.handle(RequestReceived("T", other))
     await trio.sleep(0.3)
     lease_service.handle(Tick())
-    assert lease_service.arbiter.ageing.contention(
-        (lease.scheduler, lease.request_id), trio.current_time()
-    ) == (True, False)
+    assert lease_service.arbiter.ageing.contention(lease, trio.current_time()) == (True, False)

@@ -300,10 +300,7 @@ def test_a_lease_that_runs_is_not_taken_away_for_a_higher_bid_or_an_older_reques
     lease = worker.book.get(running)
     assert lease is not None
     assert worker.ageing.contention(lease, 300.0) == (True, False), "others ask, and began later"
-    assert worker.ageing.contention(lease, 300.0 + FORGOTTEN_S) == (
-        False,
-        False,
-    )
+    assert worker.ageing.contention(lease, 300.0 + FORGOTTEN_S) == (False, False)
 
 
 def test_a_lease_is_outranked_by_whoever_began_to_ask_before_its_owner_did() -> None:
