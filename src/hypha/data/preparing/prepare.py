@@ -153,11 +153,11 @@ class _Run:
         options = self._options
         rows = self._records()
         first = self._first(rows)
-        train = self._writer(staging.directory, options.dataset_name, "every sample is in the holdout")
-        stage: Stage = Shuffle(train, staging.directory, options.seed) if options.shuffle else train
+        train = self._writer(staging.path, options.dataset_name, "every sample is in the holdout")
+        stage: Stage = Shuffle(train, staging.path, options.seed) if options.shuffle else train
         held_out = None
         if options.holdout:
-            inside = apart.directory if apart is not None else staging.directory / HOLDOUT
+            inside = apart.path if apart is not None else staging.path / HOLDOUT
             inside.mkdir(exist_ok=True)
             empty = f"a holdout of {options.holdout:g} leaves no sample in it; take more"
             held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", empty)
