@@ -19,7 +19,6 @@ from hypha.data.columns import Block, listed, rows_a_block, rows_from
 from hypha.data.options import BYTES, PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.reading import open_text
-from hypha.data.sources.tables.arrow_columns import plain
 from hypha.data.sources.tables.tables import NAMED_ROWS, Table
 from hypha.decoding import decode_json
 from hypha.errors import ConfigError, InputUnusable, Problem, Undecodable
@@ -103,7 +102,7 @@ class TableDocuments:
 
     def pieces(self) -> Iterator[Piece]:
         for batch in self._table.batches([self._column]):
-            for index, text in enumerate(plain(batch.columns[self._column]).to_pylist()):
+            for index, text in enumerate(batch.columns[self._column].to_pylist()):
                 if not text:
                     self._empty += 1
                     if len(self._named) < NAMED_ROWS:

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 2.0
 #: While workers are missing, that is logged again after this long.
 REMIND_S = 15.0
+_GIVEN_BACK = "given back, as there are too few workers to begin, and other schedulers ask for this one"
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
 
@@ -152,12 +153,14 @@ class Pool:
         only for lack of others when ``avoid`` is set). Returns when the worker knows, or after a short
         while; an unknown lease is no error.
         """
-        held = self._held.pop(lease_id, None)
-        if held is None:
-            return
-        held.scope.cancel()
-        self._apply(allocation.LeaseFailed(lease_id, avoid))
-        await self._release(held.lease.worker, lease_id)
+        if (held := self._let_go(lease_id, avoid)) is not None:
+            await self._release(held.lease.worker, lease_id)
+
+    def _let_go(self, lease_id: str, avoid: bool) -> Holding | None:
+        if (held := self._held.pop(lease_id, None)) is not None:
+            held.scope.cancel()
+            self._apply(allocation.LeaseFailed(lease_id, avoid))
+        return held
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
@@ -259,7 +262,14 @@ class Pool:
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
             case allocation.GiveBack(lease_id):
-                self._give_back(lease_id, nursery)
+                # a job that cannot begin gives way to others
+                if (given := self._let_go(lease_id, avoid=False)) is None:
+                    return
+                if given.gained:
+                    logger.info("A worker is %s.", _GIVEN_BACK, extra=given.log_fields)
+                    self._tell(given, Lapsed(_GIVEN_BACK, refused=True))
+                self._unwanted[lease_id] = given.lease.worker
+                nursery.start_soon(self._release, given.lease.worker, lease_id)
             case allocation.Keep() | allocation.Decline():
                 pass
 
@@ -295,20 +305,6 @@ class Pool:
             logger.debug("A request for %d more workers for %s jobs was published.", action.count, kind)
         finally:
             self._publishing.discard(kind)
-
-    def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
-        """A job that cannot begin gives way to others."""
-        held = self._held.pop(lease_id, None)
-        if held is None:
-            return
-        held.scope.cancel()
-        self._apply(allocation.LeaseFailed(lease_id, avoid=False))
-        reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
-        if held.gained:
-            logger.info("A worker is %s.", reason, extra=held.log_fields)
-            self._tell(held, Lapsed(reason, refused=True))
-        self._unwanted[lease_id] = held.lease.worker
-        nursery.start_soon(self._release, held.lease.worker, lease_id)
 
     # --- what becomes of one lease ------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import pyarrow.parquet
 from hypha.data.columns import listed, rows_a_block, rows_from
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.splits import choose
-from hypha.data.sources.tables.arrow_columns import is_list, is_text, storage_of
+from hypha.data.sources.tables.arrow_columns import is_list, is_text, plain, storage_of
 from hypha.data.sources.tables.tables import Batch, Table, other_columns
 from hypha.errors import InputUnusable
 
@@ -77,17 +77,25 @@ class ParquetTable(Table):
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         for path in self._files:
-            start = 0
-            try:
-                with pyarrow.parquet.ParquetFile(path) as file:
-                    row_bytes = _parquet_row_bytes(file.metadata)
-                    rows = min(MAX_ROWS, rows_a_block(row_bytes))
-                    for part in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
-                        columns = {name: part.column(name) for name in names}
-                        yield Batch(str(path), columns, rows_from(str(path), start))
-                        start += part.num_rows
-            except (pa.ArrowException, OSError) as exc:
-                raise InputUnusable(f"{path}, after row {start}: {exc}; is the file whole?") from exc
+            yield from _batches(path, names, self._parts(path, names))
+
+    def _parts(self, path: Path, names: list[str]) -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            about = file.metadata
+            size = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
+            rows = min(MAX_ROWS, rows_a_block(size // max(1, about.num_rows)))
+            yield from file.iter_batches(batch_size=rows, columns=names, use_threads=False)
+
+
+def _batches(path: Path, names: list[str], parts: Iterator[Any]) -> Iterator[Batch]:
+    start = 0
+    try:
+        for part in parts:
+            columns = {name: plain(part.column(name)) for name in names}
+            yield Batch(str(path), columns, rows_from(str(path), start))
+            start += part.num_rows
+    except (pa.ArrowException, OSError) as exc:
+        raise InputUnusable(f"{path}, after row {start}: {exc}; is it whole?") from exc
 
 
 def _is_pair(kind: Any) -> bool:
@@ -144,11 +152,6 @@ def _typed(schema: Any) -> list[str]:
     return [f"{field.name} {field.type}" for field in schema]
 
 
-def _parquet_row_bytes(metadata: Any) -> int:
-    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return int(size // max(1, metadata.num_rows))
-
-
 class SavedTable(Table):
     def __init__(self, path: Path, dataset: Any, notes: list[str]) -> None:
         schema = dataset.features.arrow_schema
@@ -163,14 +166,7 @@ class SavedTable(Table):
     def batches(self, names: list[str]) -> Iterator[Batch]:
         chosen = self._dataset.select_columns(names)
         step = min(MAX_ROWS, rows_a_block(int(self._dataset.data.nbytes) // max(1, len(self._dataset))))
-        start = 0
-        try:
-            for part in chosen.iter(batch_size=step):
-                columns = {name: part.column(name).combine_chunks() for name in names}
-                yield Batch(str(self._path), columns, rows_from(str(self._path), start))
-                start += part.num_rows
-        except (pa.ArrowException, OSError) as exc:
-            raise InputUnusable(f"{self._path}, after row {start}: {exc}; is the dataset whole?") from exc
+        yield from _batches(self._path, names, chosen.iter(batch_size=step))
 
 
 def saved_dataset(options: PrepareOptions) -> SavedTable:

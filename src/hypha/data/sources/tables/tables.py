@@ -26,7 +26,6 @@ from hypha.data.sources.tables.arrow_columns import (
     longest,
     makes_tensor,
     padded,
-    plain,
     refuse_missing,
     to_array,
 )
@@ -45,6 +44,8 @@ NAMED_ROWS = 3
 
 @dataclass(frozen=True)
 class Batch:
+    """Some rows of a file; each column is one array without dictionary encoding or extension types."""
+
     file: str
     columns: dict[str, Any]
     row: RowName
@@ -108,7 +109,7 @@ class Gaps:
 
     def without(self, batch: Batch) -> Batch:
         """The batch with values filled in, and without the rows that are left out."""
-        columns = {name: plain(column) for name, column in batch.columns.items()}
+        columns = dict(batch.columns)
         for name in self._fill.keys() & columns.keys():
             columns[name] = _filled(columns[name], name, self._fill[name])
         batch = Batch(batch.file, columns, batch.row)
@@ -251,7 +252,7 @@ class TableSource:
         found = dict.fromkeys(names, 0)
         for batch in self._table.batches(names) if names else ():
             for name in names:
-                found[name] = max(found[name], longest(plain(batch.columns[name])))
+                found[name] = max(found[name], longest(batch.columns[name]))
         for name, length in found.items():
             self._own_notes.append(
                 f"lists of column {name!r} are padded with {self._options.pad[name]:g} to {length} values, "
