@@ -49,7 +49,7 @@ simulate: $(STAMP)
 
 # random markets in memory: schedulers that compete for workers
 market: $(STAMP)
-	$(BIN)/python -m tests.scheduler.market.search --seeds $(MARKETS) $(ARGS)
+	$(BIN)/python -m tests.market.search --seeds $(MARKETS) $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(ARGS)

@@ -25,7 +25,7 @@ from hypha.messages import ExecutorDescriptor, Resources
 from hypha.net import open_node
 from hypha.rules.leases import Lease
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.leasing.events import LeaseGained
+from hypha.scheduler.leasing.events import Gained
 from hypha.scheduler.leasing.pool import Pool
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers
@@ -84,7 +84,7 @@ async def one_job(files: NodeFiles) -> float:
             gained = 0
             with trio.fail_after(LIMIT_S):
                 async for event in pool.events:
-                    gained += isinstance(event, LeaseGained)
+                    gained += isinstance(event.change, Gained)
                     if gained == WORKERS + 1:
                         break
             taken = time.perf_counter() - started

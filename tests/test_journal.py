@@ -165,8 +165,8 @@ def test_an_arbiter_and_its_leases_decide_the_same_again(tmp_path: Path) -> None
     journal.close()
     result = rerun(path)
     assert result.difference is None
-    assert result.machines == 2
-    assert result.entries > 20
+    assert result.machines == 1
+    assert result.entries > 10
 
 
 def test_an_allocator_and_a_renewal_decide_the_same_again(tmp_path: Path) -> None:

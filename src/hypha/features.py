@@ -9,8 +9,9 @@ Gateways and data nodes state theirs, too (:data:`SERVICES`), with their health 
 is refused for what they lack: it is shown, and said once, as somebody will wonder why it is not there.
 
 Whoever adds to job descriptions a field, a value or a task that an executor must not ignore adds a feature
-here, with ``baseline=False``; ``tests/test_features.py`` fails until that is decided for each of them. A
-feature that is taken away leaves the list: other versions see from then on that it is not there.
+here, with ``baseline=False``; ``tests/test_features.py``, which lists what may be ignored, fails until that
+is decided for each of them. A feature that is taken away leaves the list: other versions see from then on
+that it is not there.
 """
 
 from __future__ import annotations
@@ -166,31 +167,12 @@ SERVICES = (
 )
 _KINDS = {"hypha-gateway": "gateway", "hypha-data": "data node"}
 
-#: Fields, values and tasks of job descriptions that came after the baseline and that executors which do not
-#: know them may ignore, in the form of :func:`words`.
-#: Without max_update_ratio huge updates count as they are, as they did before there was one. Without
-#: class_names the export calls its classes as config.json does. Without slice_rows an update of rows that do
-#: not exist is added, and only the scheduler does not believe it. Without manifest_hash a worker takes the
-#: scheduler's word for what the slices are. Without micro_batch_size a batch goes through the model at once,
-#: and without most_batch_size it stays as large as it is.
-MAY_BE_IGNORED: frozenset[str] = frozenset(
-    {
-        "aggregate.max_update_ratio",
-        "aggregate.slice_rows",
-        "aggregate.model.class_names",
-        "train.manifest_hash",
-        "train.micro_batch_size",
-        "train.most_batch_size",
-        "train.model.class_names",
-    }
-)
-
 #: Names of all features of this version.
 NAMES = tuple(feature.name for feature in FEATURES)
 #: What peers that state no version can do.
 BASELINE = frozenset(feature.name for feature in FEATURES if feature.baseline)
 
-_BY_NAME = {feature.name: feature for feature in FEATURES}
+_SAYS = {one.name: one.says for one in (*FEATURES, *SERVICES)}
 
 
 class Abilities(Struct, frozen=True):
@@ -219,9 +201,7 @@ OURS = Abilities(__version__, NAMES)
 
 def stated(message: WorkerOffer | WorkerRequest | HealthReport | DatasetDescription) -> Abilities:
     """What the sender of ``message`` states of itself; a scheduler states no features."""
-    if isinstance(message, WorkerRequest):
-        return Abilities(message.version)
-    return Abilities(message.version, message.features)
+    return Abilities(message.version, () if isinstance(message, WorkerRequest) else message.features)
 
 
 def features_of(component: str) -> tuple[str, ...]:
@@ -239,12 +219,6 @@ def kind_of(component: str) -> str:
 def missing_services(kind: str, abilities: Abilities) -> tuple[str, ...]:
     """What a ``gateway`` or a ``data node`` lacks of that which one of this version has."""
     return tuple(one.name for one in SERVICES if one.kind == kind and one.name not in abilities.features)
-
-
-def services_in_words(lacking: Collection[str]) -> str:
-    """``class-names (a version with it says ...)``."""
-    says = {one.name: one.says for one in SERVICES}
-    return ", ".join(f"{name} (a version with it {says[name]})" for name in lacking)
 
 
 def needs(job: Job) -> tuple[str, ...]:
@@ -291,8 +265,8 @@ def default_of(field: msgspec.structs.FieldInfo) -> object:
 
 def advice(lacking: Collection[str]) -> str:
     """How an operator gets a worker that lacks these to do the job."""
-    found = [_BY_NAME[name] for name in lacking if name in _BY_NAME]
-    without = " and ".join(feature.instead for feature in found)
+    instead = {feature.name: feature.instead for feature in FEATURES}
+    without = " and ".join(instead[name] for name in lacking if name in instead)
     upgrade = f"upgrade it to Hypha {__version__} or later"
     return f"{upgrade}, or leave {without} out of the job" if without else upgrade
 
@@ -300,8 +274,7 @@ def advice(lacking: Collection[str]) -> str:
 def in_words(lacking: Collection[str]) -> str:
     """``multi-label (a version with it brings labels ...)``; names that nobody here knows stand alone."""
     return ", ".join(
-        f"{name} (a version with it {_BY_NAME[name].says})" if name in _BY_NAME else printable(name)
-        for name in lacking
+        f"{name} (a version with it {_SAYS[name]})" if name in _SAYS else printable(name) for name in lacking
     )
 
 

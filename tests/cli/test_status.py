@@ -14,8 +14,9 @@ import trio
 
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import ExecutorDescriptor, HealthReport, Resources
-from hypha.rules.leases import Freed, Lease, LeaseBook, Tick
+from hypha.rules.leases import Freed, Lease, Tick
 from hypha.scheduler.goodput.report import GoodputReport
+from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.status.snapshot import (
     ConnectionSnapshot,
     JobSnapshot,
@@ -225,19 +226,16 @@ async def test_what_is_no_ledger_is_said(tmp_path: Path, content: bytes | None, 
 async def test_a_journal_is_replayed(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     journal = Journal(file=path)
-    book = LeaseBook(Resources(cpu=1.0), journal)
-    book.handle(Tick(), 1.0)
+    Allocator([], journal=journal).handle(Tick(), 1.0)
     journal.close()
     same = await hypha("replay", "--journal", str(path))
     assert same.returncode == 0, same.stderr
     assert b"2 entries of 1 machines: all decide as they did" in same.stdout
-    other = JournalEntry(
-        2, 2.0, "leases", Tick(), (Freed(LEASE),), {"leases": 0, "accepted": 0, "draining": 0}
-    )
+    other = JournalEntry(2, 2.0, "allocator", Tick(), (Freed(LEASE),), {})
     path.write_bytes(path.read_bytes() + other.line() + b"\n")
     differs = await hypha("replay", "--journal", str(path))
     assert differs.returncode == 1
-    assert b"entry 2: leases answers" in differs.stdout
+    assert b"entry 2: allocator answers" in differs.stdout
     assert b'"Freed"' in differs.stdout
     for arguments in (["--journal", str(path), "--data", "."], [], [str(tmp_path)]):
         assert (await hypha("replay", *arguments)).returncode == 2

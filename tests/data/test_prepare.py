@@ -281,7 +281,7 @@ def test_leftovers_of_a_dead_run_are_removed_and_those_of_a_live_one_are_not(tmp
     with staging.Staging(tmp_path / "out", force=False) as other:
         prepare(options(tmp_path, *sources))
         assert not stale.exists()
-        assert other.directory.is_dir()
+        assert other.path.is_dir()
         # the other run comes second, and must not replace what is there now
         with pytest.raises(DataError, match="exists already"):
             other.publish()
@@ -304,10 +304,10 @@ def test_a_run_that_removes_leftovers_while_another_begins(
 
     monkeypatch.setattr(module, name, overtaken)
     with staging.Staging(tmp_path / "out", force=False) as second, first[0]:
-        assert second.directory.is_dir()
-        assert lock(second.directory, fcntl.LOCK_EX) is None
-        assert first[0].directory.is_dir()
-        (second.directory / MANIFEST_FILE).write_text("second")
+        assert second.path.is_dir()
+        assert lock(second.path, fcntl.LOCK_EX) is None
+        assert first[0].path.is_dir()
+        (second.path / MANIFEST_FILE).write_text("second")
         second.publish()
     assert (tmp_path / "out" / MANIFEST_FILE).read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

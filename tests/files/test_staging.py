@@ -53,7 +53,7 @@ if kind == "a file written over":
 def replace(content):
     if kind.startswith("a dataset"):
         with datasets.Staging(target, force=True) as made:
-            (made.directory / "manifest.json").write_text(content)
+            (made.path / "manifest.json").write_text(content)
             made.publish()
     elif kind.startswith("a directory that is moved"):
         staging.move_directory(target.parent / "source", target)

@@ -43,7 +43,7 @@ from hypha.messages import (
 )
 from hypha.net.bulk.files import hash_file
 from hypha.net.discovery.dht import _refs, key_of
-from hypha.rules.leases import Renew, Tick
+from hypha.rules.leases import Tick
 from hypha.scheduler.data.slices import SliceTracker, TrackerState
 from hypha.scheduler.durable.export import Published
 from hypha.scheduler.durable.ledger import Ledger, Standing, export_ledger, read_ledger
@@ -257,7 +257,7 @@ def _write_journal(path: Path) -> None:
     allocator.handle(Tick(), 100.6)
     allocator.handle(Gained(LEASE), 100.7)
     arbiter.handle(RenewAsked(LEASE, "S"), 100.65)
-    arbiter.book.handle(Renew(LEASE, "S", 30.0), 100.7)
+    arbiter.handle(RenewAsked(LEASE, "S"), 100.7)
     renewal = Renewal(5.0, 100.6, Random(1), LEASE, journal)
     renewal.handle(Tick(), 100.6)
     renewal.handle(Renewed(30.0), 100.7)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, Resources
 from hypha.rules.leases import (
     Bind,
     BookAction,
+    BookEvent,
     Denied,
     Drained,
     Freed,
@@ -23,14 +24,31 @@ from hypha.rules.leases import (
     LeaseBook,
     LeaseEnded,
     Release,
-    Renew,
-    Reserve,
-    Revoke,
     Tick,
 )
 from hypha.rules.resources import TOLERANCE, fits
 
 TOTAL = Resources(cpu=4, memory=8, gpu=1, storage=10)
+
+
+class CheckedBook(LeaseBook):
+    """Asserts after all that happens what must hold."""
+
+    def reserve(self, lease: Lease, life_s: float, now: float) -> list[BookAction]:
+        return self._checked(super().reserve(lease, life_s, now), now)
+
+    def renew(self, lease_id: str, caller: str, life_s: float, now: float) -> list[BookAction]:
+        return self._checked(super().renew(lease_id, caller, life_s, now), now)
+
+    def revoke(self, lease_id: str, now: float) -> list[BookAction]:
+        return self._checked(super().revoke(lease_id, now), now)
+
+    def handle(self, event: BookEvent, now: float) -> list[BookAction]:
+        return self._checked(super().handle(event, now), now)
+
+    def _checked(self, actions: list[BookAction], now: float) -> list[BookAction]:
+        self.validate(now)
+        return actions
 
 
 def lease(
@@ -61,15 +79,15 @@ def held(book: LeaseBook, lease_id: str = "l1") -> Lease:
 
 
 def accepted(**changes: object) -> LeaseBook:
-    book = LeaseBook(TOTAL, Journal(checked=True))
-    book.handle(Reserve(lease(**changes), 5.0), 0.0)  # type: ignore[arg-type]
-    book.handle(Renew("l1", "S", 30.0), 1.0)
+    book = CheckedBook(TOTAL)
+    book.reserve(lease(**changes), 5.0, 0.0)  # type: ignore[arg-type]
+    book.renew("l1", "S", 30.0, 1.0)
     return book
 
 
 def test_a_temporary_lease_expires_by_itself() -> None:
-    book = LeaseBook(TOTAL, Journal(checked=True))
-    [granted] = book.handle(Reserve(lease(), 5.0), 100.0)
+    book = CheckedBook(TOTAL)
+    [granted] = book.reserve(lease(), 5.0, 100.0)
     assert isinstance(granted, Granted)
     assert granted.lease.expires_at == 105.0
     assert not granted.lease.accepted
@@ -85,7 +103,7 @@ def test_the_first_renewal_accepts_and_renewals_carry_it_on() -> None:
     book = accepted()
     assert held(book).accepted
     assert held(book).expires_at == 31.0
-    book.handle(Renew("l1", "S", 30.0), 23.0)
+    book.renew("l1", "S", 30.0, 23.0)
     assert held(book).expires_at == 53.0
     [ended] = book.handle(Tick(), 53.0)
     assert isinstance(ended, LeaseEnded)
@@ -94,26 +112,31 @@ def test_the_first_renewal_accepts_and_renewals_carry_it_on() -> None:
 
 def test_a_renewal_never_shortens_a_life() -> None:
     book = accepted()
-    book.handle(Renew("l1", "S", 5.0), 2.0)
+    book.renew("l1", "S", 5.0, 2.0)
     assert held(book).expires_at == 31.0
 
 
 def test_a_renewal_at_or_after_expiry_is_refused_even_when_nobody_looked_before() -> None:
     book = accepted()
-    actions = book.handle(Renew("l1", "S", 30.0), 31.0)
+    actions = book.renew("l1", "S", 30.0, 31.0)
     assert [type(action) for action in actions] == [LeaseEnded, Denied]
     assert codes(actions) == ["lease"]
     assert len(book) == 0
 
 
 @pytest.mark.parametrize(
-    "event", [Renew("l1", "X", 30.0), Release("l1", "X"), Bind("l1", "X", "train", "job")]
+    "ask",
+    [
+        lambda book: book.renew("l1", "X", 30.0, 2.0),
+        lambda book: book.handle(Release("l1", "X"), 2.0),
+        lambda book: book.handle(Bind("l1", "X", "train", "job"), 2.0),
+    ],
 )
-def test_a_foreign_lease_answers_like_an_unknown_one(event: Renew | Release | Bind) -> None:
+def test_a_foreign_lease_answers_like_an_unknown_one(ask: Callable[[LeaseBook], list[BookAction]]) -> None:
     book = accepted()
     before = held(book)
-    [foreign] = book.handle(event, 2.0)
-    [unknown] = LeaseBook(TOTAL, Journal(checked=True)).handle(event, 2.0)
+    [foreign] = ask(book)
+    [unknown] = ask(CheckedBook(TOTAL))
     assert foreign == unknown
     assert codes([foreign]) == ["lease"]
     assert held(book) == before
@@ -131,15 +154,15 @@ def test_a_lease_is_for_one_job_of_one_executor_class() -> None:
 
 
 def test_nothing_is_dispatched_under_a_lease_that_was_not_accepted() -> None:
-    book = LeaseBook(TOTAL, Journal(checked=True))
-    book.handle(Reserve(lease(), 5.0), 0.0)
+    book = CheckedBook(TOTAL)
+    book.reserve(lease(), 5.0, 0.0)
     assert codes(book.handle(Bind("l1", "S", "train", "job"), 1.0)) == ["lease"]
 
 
 def test_training_and_parameter_server_live_side_by_side_and_end_apart() -> None:
     book = accepted()
-    book.handle(Reserve(lease("l2", kind="aggregate"), 5.0), 1.0)
-    book.handle(Renew("l2", "S", 30.0), 2.0)
+    book.reserve(lease("l2", kind="aggregate"), 5.0, 1.0)
+    book.renew("l2", "S", 30.0, 2.0)
     assert book.free == Resources(cpu=0, memory=0, gpu=1, storage=10)
     [ended] = book.handle(Release("l1", "S"), 3.0)
     assert isinstance(ended, LeaseEnded)
@@ -151,23 +174,23 @@ def test_more_than_is_free_is_denied_and_changes_nothing() -> None:
     book = accepted()
     used = book.used
     for resources in (Resources(cpu=2.1), Resources(gpu=2), Resources(memory=math.nan), Resources(cpu=-1)):
-        [denied] = book.handle(Reserve(lease("l2", resources=resources), 5.0), 2.0)
+        [denied] = book.reserve(lease("l2", resources=resources), 5.0, 2.0)
         assert isinstance(denied, Denied)
     assert book.used == used
 
 
 def test_an_id_is_not_given_twice() -> None:
     book = accepted()
-    assert codes(book.handle(Reserve(lease(), 5.0), 2.0)) == ["duplicate"]
+    assert codes(book.reserve(lease(), 5.0, 2.0)) == ["duplicate"]
 
 
 def test_an_undelivered_offer_frees_at_once_but_an_accepted_lease_stays() -> None:
-    book = LeaseBook(TOTAL, Journal(checked=True))
-    book.handle(Reserve(lease(), 5.0), 0.0)
-    assert isinstance(book.handle(Revoke("l1"), 1.0)[0], LeaseEnded)
+    book = CheckedBook(TOTAL)
+    book.reserve(lease(), 5.0, 0.0)
+    assert isinstance(book.revoke("l1", 1.0)[0], LeaseEnded)
     assert book.free == TOTAL
     book = accepted()
-    assert book.handle(Revoke("l1"), 2.0) == []
+    assert book.revoke("l1", 2.0) == []
     assert held(book).accepted
 
 
@@ -178,7 +201,7 @@ def test_a_held_lease_keeps_its_resources_until_its_executor_is_gone() -> None:
     assert isinstance(ended, LeaseEnded)
     assert book.get("l1") is None
     assert book.free.cpu == 2
-    assert codes(book.handle(Renew("l1", "S", 30.0), 32.0)) == ["lease"]
+    assert codes(book.renew("l1", "S", 30.0, 32.0)) == ["lease"]
     assert book.handle(Drained("l1"), 33.0) == [Freed(ended.lease)]
     assert book.free == TOTAL
     assert book.handle(Drained("l1"), 34.0) == []
@@ -211,17 +234,17 @@ def test_a_lease_is_found_by_request_only_while_it_lives() -> None:
 
 
 def test_many_that_expire_together_end_in_one_call_the_oldest_first() -> None:
-    book = LeaseBook(TOTAL, Journal(checked=True))
+    book = CheckedBook(TOTAL)
     for index, life_s in enumerate((3.0, 1.0, 2.0)):
-        book.handle(Reserve(lease(f"l{index}", resources=Resources(cpu=1)), life_s), 0.0)
+        book.reserve(lease(f"l{index}", resources=Resources(cpu=1)), life_s, 0.0)
     ended = [action.lease.lease_id for action in book.handle(Tick(), 9.0) if isinstance(action, LeaseEnded)]
     assert ended == ["l1", "l2", "l0"]
 
 
 def test_durations_that_are_not_finite_are_refused() -> None:
-    book = LeaseBook(TOTAL, Journal(checked=True))
+    book = CheckedBook(TOTAL)
     with pytest.raises(ValueError, match="life_s"):
-        book.handle(Reserve(lease(), math.inf), 0.0)
+        book.reserve(lease(), math.inf, 0.0)
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -234,13 +257,15 @@ class AnyHistory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.book = LeaseBook(TOTAL, Journal(checked=True))
+        self.book = CheckedBook(TOTAL)
         self.now = 0.0
         self.granted = 0
         self.ended = 0
 
-    def do(self, event: object) -> list[BookAction]:
-        actions = self.book.handle(event, self.now)  # type: ignore[arg-type]
+    def do(self, event: BookEvent) -> list[BookAction]:
+        return self.done(self.book.handle(event, self.now))
+
+    def done(self, actions: list[BookAction]) -> list[BookAction]:
         self.ended += sum(isinstance(action, LeaseEnded) for action in actions)
         return actions
 
@@ -251,13 +276,13 @@ class AnyHistory(RuleBasedStateMachine):
         possible = fits(wanted, self.book.free) and lease_id not in {
             known.lease_id for known in (*self.book, *self.book.draining)
         }
-        actions = self.do(Reserve(lease(lease_id, scheduler, resources=wanted), life_s))
+        actions = self.done(self.book.reserve(lease(lease_id, scheduler, resources=wanted), life_s, self.now))
         assert possible == isinstance(actions[-1], Granted)
         self.granted += possible
 
     @rule(lease_id=ids, caller=callers, life_s=lives)
     def renew(self, lease_id: str, caller: str, life_s: float) -> None:
-        actions = self.do(Renew(lease_id, caller, life_s))
+        actions = self.done(self.book.renew(lease_id, caller, life_s, self.now))
         known = self.book.get(lease_id)
         if known is not None and known.scheduler == caller:
             assert actions[-1] == Granted(known)

@@ -8,9 +8,9 @@ nobody waits for ever.
 from __future__ import annotations
 
 import pytest
-from tests.scheduler.market.market import Market, MarketWorker
-from tests.scheduler.market.scheduler import MarketJob, MarketScheduler, Purse
-from tests.scheduler.market.search import run_market
+from tests.market.market import Market, MarketWorker
+from tests.market.scheduler import MarketJob, MarketScheduler, Purse
+from tests.market.search import run_market
 
 from hypha.config.offers import OfferConfig, UtilizationConfig
 from hypha.messages import Resources
@@ -216,7 +216,7 @@ def test_two_jobs_that_hold_half_of_what_each_needs_do_not_wait_for_each_other_f
 def test_random_markets_book_nothing_twice_leak_no_lease_and_starve_nobody(first: int) -> None:
     for seed in range(first, first + 25):
         outcome = run_market(seed)
-        assert outcome.problems == (), f"python -m hypha.simulation --market --first {seed} --seeds 1"
+        assert outcome.problems == (), f"python -m tests.market.search --first {seed} --seeds 1"
 
 
 def test_the_same_seed_is_the_same_market() -> None:

@@ -38,8 +38,9 @@ from hypha.pki.authority import revoke
 from hypha.pki.identity import load_identity
 from hypha.rules.leases import Bind, Lease
 from hypha.scheduler.descriptions import searches_for
-from hypha.scheduler.leasing.events import LeaseGained, LeaseLost, LeaseSuspect, PoolEvent, SearchTimes
+from hypha.scheduler.leasing.events import Gained, PoolEvent, SearchTimes
 from hypha.scheduler.leasing.pool import Pool
+from hypha.scheduler.leasing.renewal import Lapsed, Suspected
 from hypha.telemetry import instruments as metrics
 from hypha.worker.leasing.arbiter import Arbiter
 from hypha.worker.leasing.offers import serve_offers
@@ -117,8 +118,8 @@ def held(pool: Pool, kind: ExecutorClass = "train") -> set[str]:
     return {lease.worker.peer for lease in pool.leases if lease.kind == kind}
 
 
-def losses(seen: list[PoolEvent]) -> list[PoolEvent]:
-    return [event for event in seen if isinstance(event, LeaseLost)]
+def losses(seen: list[PoolEvent]) -> list[Lapsed]:
+    return [event.change for event in seen if isinstance(event.change, Lapsed)]
 
 
 @virtual_time
@@ -137,7 +138,7 @@ async def test_many_workers_are_leased_and_stay_leased(network: VirtualNetwork) 
         await until(lambda: len(held(pool)) == 8 and len(held(pool, "aggregate")) == 1, 15)
         assert held(pool) == {worker.node.peer_id for worker in workers}
         # whoever listens hears of a lease a moment after the pool has it
-        await until(lambda: len({one.lease_id for one in seen if isinstance(one, LeaseGained)}) == 9)
+        await until(lambda: len({one.lease.lease_id for one in seen if isinstance(one.change, Gained)}) == 9)
         first = {
             lease.lease_id: lease.expires_at for worker in workers for lease in worker.lease_service.leases
         }
@@ -168,7 +169,7 @@ async def test_a_dead_worker_is_suspected_soon_then_lost_and_replaced(network: V
             pool.want("train", 1)
             await until(lambda: held(pool) == {peer})
         died = trio.current_time()
-        await until(lambda: any(isinstance(event, LeaseSuspect) for event in seen))
+        await until(lambda: any(isinstance(event.change, Suspected) for event in seen))
         assert held(pool) == {peer}
         await until(lambda: losses(seen))
         assert trio.current_time() - died < TERMS.lease_s
@@ -194,7 +195,7 @@ async def test_a_worker_that_forgot_the_lease_is_lost_at_the_next_renewal(networ
         assert [one.lease_id for one in worker.ended] == [lease.lease_id]
         await until(lambda: losses(seen))
         [lost] = losses(seen)
-        assert isinstance(lost, LeaseLost)
+        assert isinstance(lost, Lapsed)
         assert "refused (lease)" in lost.reason
         # it is well, so it is taken again
         await until(lambda: held(pool) == {worker.node.peer_id})
@@ -253,8 +254,8 @@ async def test_of_two_jobs_that_hold_half_of_what_they_need_one_gives_way_and_is
         assert losses(kept) == []
         await until(lambda: losses(gave))
         [lost] = losses(gave)
-        assert isinstance(lost, LeaseLost)
-        assert not lost.to_blame
+        assert isinstance(lost, Lapsed)
+        assert lost.refused
         # the other has begun, and keeps what it holds whoever asks for it
         first.begin()
         await trio.sleep(60.0)
@@ -527,7 +528,7 @@ async def test_leases_with_whoever_is_revoked_end_at_once(
             if revoked == "worker":
                 await until(lambda: held(pool) == set() and losses(seen) != [])
                 [lost] = losses(seen)
-                assert isinstance(lost, LeaseLost)
+                assert isinstance(lost, Lapsed)
                 assert lost.reason == "its certificate was revoked"
             else:
                 await until(lambda: not worker.held_for(scheduler))

@@ -22,8 +22,9 @@ from hypha.messages import (
     WorkerRequest,
 )
 from hypha.node import Changes, Node, PeerLost
-from hypha.scheduler.leasing.events import LeaseGained, LeaseLost, PoolEvent, Search
+from hypha.scheduler.leasing.events import Gained, PoolEvent, Search
 from hypha.scheduler.leasing.pool import Pool
+from hypha.scheduler.leasing.renewal import Lapsed
 
 WORKER = PeerRef(peer="worker")
 LIFE_S = 10.0
@@ -102,9 +103,9 @@ async def test_a_lease_that_ends_during_a_renewal_whose_connection_breaks_is_los
             pool.want("train", 1)
             async for event in pool.events:
                 seen.append(event)
-                if isinstance(event, LeaseGained):
+                if isinstance(event.change, Gained):
                     gained_at = trio.current_time()
-                if isinstance(event, LeaseLost):
+                if isinstance(event.change, Lapsed):
                     break
             lost_at = trio.current_time()
             assert not pool.leases
@@ -112,6 +113,6 @@ async def test_a_lease_that_ends_during_a_renewal_whose_connection_breaks_is_los
             await trio.testing.wait_all_tasks_blocked()
             assert pool.missing("train") == 1
             nursery.cancel_scope.cancel()
-    assert [type(event) for event in seen] == [LeaseGained, LeaseLost]
+    assert [type(event.change) for event in seen] == [Gained, Lapsed]
     assert node.broke_at > 0.0
     assert gained_at + LIFE_S <= lost_at <= gained_at + 1.5 * LIFE_S

@@ -37,15 +37,15 @@ def dropped_action() -> None:
 
 def lease_freed_twice() -> None:
     """When an executor has ended, its lease goes, too; it is still held, and freed once more at its end."""
-    right = LeaseBook._apply
+    right = LeaseBook.handle
 
-    def apply(self: LeaseBook, event: BookEvent, now: float) -> list[BookAction]:
+    def handle(self: LeaseBook, event: BookEvent, now: float) -> list[BookAction]:
         actions = right(self, event, now)
         if isinstance(event, Drained):
             self._live.pop(event.lease_id, None)
         return actions
 
-    LeaseBook._apply = apply
+    LeaseBook.handle = handle
 
 
 def slice_used_too_early() -> None:

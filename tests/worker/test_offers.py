@@ -203,10 +203,10 @@ async def test_a_renewal_says_whether_others_ask_for_what_is_leased(autojump_clo
     await trio.sleep(0.3)
     [sent] = [one for one in lease_service.handle(Tick()) if isinstance(one, SendOffer)]
     lease = lease_service.granted(RenewAsked(sent.offer.lease_id, "S"))
-    assert lease_service.arbiter.contention(lease, now) == (False, False)
+    assert lease_service.arbiter.ageing.contention(lease, now) == (False, False)
     await trio.sleep(10.0)
     other = replace(request(1).request, scheduler=PeerRef(peer="T"))
     lease_service.handle(RequestReceived("T", other))
     await trio.sleep(0.3)
     lease_service.handle(Tick())
-    assert lease_service.arbiter.contention(lease, trio.current_time()) == (True, False)
+    assert lease_service.arbiter.ageing.contention(lease, trio.current_time()) == (True, False)

@@ -299,8 +299,8 @@ def test_a_lease_that_runs_is_not_taken_away_for_a_higher_bid_or_an_older_reques
     assert worker.book.get(running) is not None
     lease = worker.book.get(running)
     assert lease is not None
-    assert worker.contention(lease, 300.0) == (True, False), "others ask, and began later"
-    assert worker.contention(lease, 300.0 + FORGOTTEN_S) == (False, False)
+    assert worker.ageing.contention(lease, 300.0) == (True, False), "others ask, and began later"
+    assert worker.ageing.contention(lease, 300.0 + FORGOTTEN_S) == (False, False)
 
 
 def test_a_lease_is_outranked_by_whoever_began_to_ask_before_its_owner_did() -> None:
@@ -312,7 +312,7 @@ def test_a_lease_is_outranked_by_whoever_began_to_ask_before_its_owner_did() -> 
     hear(worker, 21.0, large)
     lease = worker.book.get(young)
     assert lease is not None
-    assert worker.contention(lease, 22.0) == (True, True)
+    assert worker.ageing.contention(lease, 22.0) == (True, True)
     # what gives way and asks again soon is as old as it was; another request of its is not
     worker.handle(Release(blocking[0], "first"), 30.0)
     hear(worker, 40.0, large)
@@ -320,13 +320,13 @@ def test_a_lease_is_outranked_by_whoever_began_to_ask_before_its_owner_did() -> 
     first = worker.book.live_for("first", "f")
     assert first is not None
     hear(worker, 51.0, large)
-    assert worker.contention(first, 52.0) == (True, False)
+    assert worker.ageing.contention(first, 52.0) == (True, False)
     worker.handle(Release(first.lease_id, "first"), 53.0)
     assert accept(worker, 54.0, request("first", "another", resources=HALF)) != []
     another = worker.book.live_for("first", "another")
     assert another is not None
     hear(worker, 55.0, large)
-    assert worker.contention(another, 56.0) == (True, True)
+    assert worker.ageing.contention(another, 56.0) == (True, True)
 
 
 def test_of_two_that_began_to_ask_at_the_same_time_all_workers_take_the_same_one_for_the_older() -> None:
@@ -338,7 +338,7 @@ def test_of_two_that_began_to_ask_at_the_same_time_all_workers_take_the_same_one
         hear(worker, 1.0, request(f"S{other}", other, resources=TOTAL))
         lease = worker.book.get(lease_id)
         assert lease is not None
-        outranked[owner] = worker.contention(lease, 2.0)
+        outranked[owner] = worker.ageing.contention(lease, 2.0)
     assert outranked == {"a": (True, False), "b": (True, True)}
 
 

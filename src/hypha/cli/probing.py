@@ -15,7 +15,7 @@ from rich.table import Table
 from hypha.cli.asking import as_guest, ask_health
 from hypha.cli.printing import shown
 from hypha.errors import ConfigError, NetworkError, PeerUnreachable
-from hypha.features import kind_of, missing_services, printable, services_in_words, stated
+from hypha.features import in_words, kind_of, missing_services, printable, stated
 from hypha.messages import HealthReport, PeerRef
 from hypha.naming import shown as named_peer
 from hypha.net import ConnectionInfo, Libp2pNode, NodeOptions
@@ -108,7 +108,7 @@ def _print(first: str, address: str, report: HealthReport) -> None:
     if report.features:
         rows["features"] = ", ".join(map(printable, report.features))
     if lacking := missing_services(kind_of(report.component), stated(report)):
-        rows["lacks"] = services_in_words(lacking)
+        rows["lacks"] = in_words(lacking)
     for name, value in rows.items():
         table.add_row(shown(name), shown(value))
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -1,10 +1,11 @@
-"""Leases as pure machines: who may use which part of a worker, and until when.
+"""The leases of one worker: who may use which part of it, and until when.
 
-:class:`LeaseBook` is the lessor's side. A lease starts *temporary* (held with an offer), is accepted by its
-first renewal and lives on from renewal to renewal. It belongs to one scheduler, one executor and, once
-dispatched to, one job. Expiry always frees it, a release only makes that sooner: no message is needed. What
-is reserved never exceeds the total. A lease may ask to be *held while draining*: when it ends, its resources
-stay reserved until its executor is gone, at most for the time it asked for.
+:class:`LeaseBook` is the lessor's side, a part of its arbiter (:mod:`hypha.worker.leasing.arbiter`), which
+notes in its journal what happens. A lease starts *temporary* (held with an offer), is accepted by its first
+renewal and lives on from renewal to renewal. It belongs to one scheduler, one executor and, once dispatched
+to, one job. Expiry always frees it, a release only makes that sooner: no message is needed. What is reserved
+never exceeds the total. A lease may ask to be *held while draining*: when it ends, its resources stay
+reserved until its executor is gone, at most for the time it asked for.
 
 The lessee's side is :mod:`hypha.scheduler.leasing.renewal`. There is no clock in here: times are seconds of
 one node's monotonic clock and never cross the wire.
@@ -19,12 +20,8 @@ from typing import Literal
 
 from msgspec import Struct
 
-from hypha.journal import Journal
 from hypha.messages import ExecutorClass, ExecutorDescriptor, Resources
 from hypha.rules.resources import add_up, check, fits, is_valid, left_of
-
-#: of a book's entries in a journal
-NAME = "leases"
 
 EndReason = Literal["expired", "released"]
 
@@ -54,22 +51,7 @@ class Lease:
         return self.executor.kind
 
 
-# --- what happens to a book -----------------------------------------------------------------------
-
-
-class Reserve(Struct, frozen=True, tag=True):
-    """Reserve what ``lease`` asks for; its ``expires_at`` is set to ``life_s`` from now."""
-
-    lease: Lease
-    life_s: float
-
-
-class Renew(Struct, frozen=True, tag=True):
-    """``caller`` renews (first: accepts) its lease for ``life_s`` from now."""
-
-    lease_id: str
-    caller: str
-    life_s: float
+# --- what happens to leases ---------------------------------------------------------------------------
 
 
 class Release(Struct, frozen=True, tag=True):
@@ -77,12 +59,6 @@ class Release(Struct, frozen=True, tag=True):
 
     lease_id: str
     caller: str
-
-
-class Revoke(Struct, frozen=True, tag=True):
-    """The lessor takes back a lease that nobody accepted (its offer was not delivered)."""
-
-    lease_id: str
 
 
 class Bind(Struct, frozen=True, tag=True):
@@ -111,13 +87,7 @@ class Tick(Struct, frozen=True, tag=True):
     """Only time has passed."""
 
 
-class BookBegan(Struct, frozen=True, tag=True):
-    """What a book was made from: the first entry of its journal."""
-
-    total: Resources
-
-
-BookEvent = Reserve | Renew | Release | Revoke | Bind | Hold | Drained | Tick
+BookEvent = Release | Bind | Hold | Drained | Tick
 
 
 # --- what follows from it -----------------------------------------------------------------------------
@@ -154,17 +124,16 @@ BookAction = Granted | Denied | LeaseEnded | Freed
 
 
 class LeaseBook:
-    """Reservations against ``total``. Every event first ends what is due by then."""
+    """Reservations against ``total``. Whatever happens at ``now``, what is due by then ends first; times must
+    not run backwards.
+    """
 
-    def __init__(self, total: Resources, journal: Journal | None = None) -> None:
+    def __init__(self, total: Resources) -> None:
         check(total, "total resources")
         self.total = total
-        self._journal = journal
         self._validated_at = -math.inf
         self._live: dict[str, Lease] = {}
         self._draining: dict[str, tuple[Lease, float]] = {}
-        if journal is not None:
-            journal.note(NAME, 0.0, BookBegan(total), (), self._summary())
 
     def __iter__(self) -> Iterator[Lease]:
         """Leases that have not ended; draining ones are not among them."""
@@ -209,17 +178,8 @@ class LeaseBook:
         moments.extend(until for _, until in self._draining.values())
         return min(moments, default=None)
 
-    def handle(self, event: BookEvent, now: float) -> list[BookAction]:
-        """Apply ``event`` at ``now``; times must not run backwards."""
-        actions = self._apply(event, now)
-        if self._journal is not None:
-            self._journal.note(NAME, now, event, actions, self._summary())
-            if self._journal.checked:
-                self.validate(now)
-        return actions
-
     def validate(self, now: float) -> None:
-        """Assert what always holds after an event at ``now``. For tests and simulation."""
+        """Assert what always holds at ``now``. For tests and simulation."""
         assert now >= self._validated_at, f"time ran from {self._validated_at} back to {now}"
         self._validated_at = now
         assert not self._live.keys() & self._draining.keys(), "a lease that has ended lives"
@@ -232,34 +192,44 @@ class LeaseBook:
             assert lease_id == lease.lease_id, f"{lease.lease_id} is known as {lease_id}"
             assert until >= now, f"{lease_id} is held for longer than was asked for"
 
-    def _summary(self) -> dict[str, object]:
-        """Of its state, for the journal."""
-        return {
-            "leases": len(self._live),
-            "accepted": sum(lease.accepted for lease in self._live.values()),
-            "draining": len(self._draining),
-        }
+    def reserve(self, lease: Lease, life_s: float, now: float) -> list[BookAction]:
+        """Reserve what ``lease`` asks for; its ``expires_at`` is set to ``life_s`` from now."""
+        actions = self._expire(now)
+        # against the whole sum, not against what is free: errors within tolerance must not add up
+        if lease.lease_id in self._live or lease.lease_id in self._draining:
+            actions.append(Denied(lease.lease_id, "duplicate", "a lease with this id exists"))
+        elif not is_valid(lease.resources):
+            actions.append(Denied(lease.lease_id, "invalid", "amounts must be finite and not negative"))
+        elif not fits(add_up([*self._parts(), lease.resources]), self.total):
+            actions.append(Denied(lease.lease_id, "lease", f"{lease.resources} is more than is free"))
+        else:
+            until = now + _finite(life_s, "life_s")
+            kept = self._keep(replace(lease, expires_at=until, accepted=False, job_id=None))
+            actions.append(Granted(kept))
+        return actions
 
-    def _apply(self, event: BookEvent, now: float) -> list[BookAction]:
+    def renew(self, lease_id: str, caller: str, life_s: float, now: float) -> list[BookAction]:
+        """``caller`` renews (first: accepts) its lease for ``life_s`` from now."""
+        actions, found = self._expire(now), self._owned(lease_id, caller)
+        if isinstance(found, Lease):
+            # a renewal never shortens a life: it may have been overtaken by a later one
+            until = max(found.expires_at, now + life_s)
+            return [*actions, Granted(self._keep(replace(found, expires_at=until, accepted=True)))]
+        return [*actions, found]
+
+    def revoke(self, lease_id: str, now: float) -> list[BookAction]:
+        """Take back a lease that nobody accepted (its offer was not delivered)."""
+        actions, lease = self._expire(now), self._live.get(lease_id)
+        # an accepted lease shows that the offer did arrive, whatever the sender thinks
+        return actions if lease is None or lease.accepted else [*actions, self._end(lease, "released", now)]
+
+    def handle(self, event: BookEvent, now: float) -> list[BookAction]:
+        """What else may happen to leases."""
         actions = self._expire(now)
         match event:
-            case Reserve():
-                actions.append(self._reserve(event, now))
-            case Renew(lease_id, caller, life_s):
-                found = self._owned(lease_id, caller)
-                if isinstance(found, Lease):
-                    # a renewal never shortens a life: it may have been overtaken by a later one
-                    until = max(found.expires_at, now + life_s)
-                    found = self._keep(replace(found, expires_at=until, accepted=True))
-                actions.append(found if isinstance(found, Denied) else Granted(found))
             case Release(lease_id, caller):
                 found = self._owned(lease_id, caller)
-                actions.extend([found] if isinstance(found, Denied) else self._end(found, "released", now))
-            case Revoke(lease_id):
-                lease = self._live.get(lease_id)
-                # an accepted lease shows that the offer did arrive, whatever the sender thinks
-                if lease is not None and not lease.accepted:
-                    actions.extend(self._end(lease, "released", now))
+                actions.append(found if isinstance(found, Denied) else self._end(found, "released", now))
             case Bind():
                 actions.append(self._bind(event))
             case Hold(lease_id, hold_s):
@@ -288,19 +258,6 @@ class LeaseBook:
         # a foreign lease answers like an unknown one: nobody learns which ids exist
         return lease if lease is not None and lease.scheduler == caller else _unknown(lease_id)
 
-    def _reserve(self, event: Reserve, now: float) -> Granted | Denied:
-        lease = event.lease
-        if lease.lease_id in self._live or lease.lease_id in self._draining:
-            return Denied(lease.lease_id, "duplicate", "a lease with this id exists")
-        if not is_valid(lease.resources):
-            return Denied(lease.lease_id, "invalid", "amounts must be finite and not negative")
-        # against the whole sum, not against what is free: errors within tolerance must not add up
-        taken = add_up([*self._parts(), lease.resources])
-        if not (fits(lease.resources, self.total) and fits(taken, self.total)):
-            return Denied(lease.lease_id, "lease", f"{lease.resources} is more than is free")
-        until = now + _finite(event.life_s, "life_s")
-        return Granted(self._keep(replace(lease, expires_at=until, accepted=False, job_id=None)))
-
     def _bind(self, event: Bind) -> Granted | Denied:
         lease = self._owned(event.lease_id, event.caller)
         if isinstance(lease, Denied):
@@ -317,25 +274,21 @@ class LeaseBook:
 
     def _expire(self, now: float) -> list[BookAction]:
         actions: list[BookAction] = []
-        due = sorted((lease for lease in self._live.values() if lease.expires_at <= now), key=_by_expiry)
-        for lease in due:
+        due = [lease for lease in self._live.values() if lease.expires_at <= now]
+        for lease in sorted(due, key=lambda lease: (lease.expires_at, lease.lease_id)):
             # the hold counts from the expiry itself, not from when somebody looked
-            actions.extend(self._end(lease, "expired", lease.expires_at))
+            actions.append(self._end(lease, "expired", lease.expires_at))
         for lease_id, (lease, until) in list(self._draining.items()):
             if until <= now:
                 del self._draining[lease_id]
                 actions.append(Freed(lease))
         return actions
 
-    def _end(self, lease: Lease, reason: EndReason, at: float) -> list[BookAction]:
+    def _end(self, lease: Lease, reason: EndReason, at: float) -> LeaseEnded:
         del self._live[lease.lease_id]
         if lease.hold_s > 0:
             self._draining[lease.lease_id] = (lease, at + lease.hold_s)
-        return [LeaseEnded(lease, reason)]
-
-
-def _by_expiry(lease: Lease) -> tuple[float, str]:
-    return (lease.expires_at, lease.lease_id)
+        return LeaseEnded(lease, reason)
 
 
 def _unknown(lease_id: str) -> Denied:

@@ -25,8 +25,7 @@ from hypha.executor.toy import ToyModel
 from hypha.journal import JournalEntry
 from hypha.messages import LedgerFile, LedgerRound
 from hypha.net.bulk.files import hash_file
-from hypha.rules.leases import NAME as LEASES
-from hypha.rules.leases import Freed, Granted, LeaseEnded, Reserve
+from hypha.rules.leases import Freed, LeaseEnded
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
@@ -37,6 +36,8 @@ from hypha.simulation.configurations import JOB
 from hypha.simulation.faults import FaultOutcome
 from hypha.simulation.scenario import LIES
 from hypha.simulation.world import SCHEDULER, World
+from hypha.worker.leasing.arbiter import NAME as ARBITER
+from hypha.worker.leasing.events import SendOffer
 
 #: leases are released at once, executors end, and what was on its way arrives
 _SETTLE_S = 60.0
@@ -234,12 +235,12 @@ class LeaseWatch:
         self._draining: set[str] = set()
 
     def listen(self, entry: JournalEntry) -> None:
-        if entry.machine != LEASES or isinstance(entry.state, str):
+        if entry.machine != ARBITER or isinstance(entry.state, str) or not entry.state:
             return
         for action in entry.actions:
             match action:
-                case Granted(lease=lease) if isinstance(entry.event, Reserve):
-                    self._live.add(lease.lease_id)
+                case SendOffer(offer=offer):
+                    self._live.add(offer.lease_id)
                 case LeaseEnded(lease=lease):
                     if lease.lease_id not in self._live:
                         self._tell(f"{self._name}: a lease ended twice")

@@ -26,7 +26,6 @@ from hypha.errors import HyphaError
 from hypha.executor.toy import COLUMN
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import Column
-from hypha.rules.leases import NAME as LEASES
 from hypha.scheduler.job.ending import finished_job
 from hypha.scheduler.job.run import run_job
 from hypha.scheduler.job.states import JobResult, Observation
@@ -43,6 +42,7 @@ from hypha.simulation.process import (
 )
 from hypha.simulation.scenario import Scenario
 from hypha.worker.jobs.directory import remove_stale
+from hypha.worker.leasing.arbiter import NAME as ARBITER
 from hypha.worker.limits.limits import Means
 from hypha.worker.node import serve as worker_serve
 
@@ -83,7 +83,7 @@ class Computer:
     def leases(self) -> int:
         """How many leases its worker holds, ended ones that are drained included."""
         for entry in reversed(self.journal.entries):
-            if entry.machine == LEASES and not isinstance(entry.state, str):
+            if entry.machine == ARBITER and entry.state and not isinstance(entry.state, str):
                 return sum(int(str(entry.state[key])) for key in ("leases", "draining"))
         return 0
 

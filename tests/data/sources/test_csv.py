@@ -293,6 +293,6 @@ def test_files_of_other_dialects_make_one_table(tmp_path: Path) -> None:
 
 
 def test_a_row_longer_than_a_block_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(csv_table, "CSV_BLOCK_BYTES", 256)
+    monkeypatch.setattr(csv_table, "BLOCK_CHARACTERS", 256)
     (tmp_path / "in.csv").write_text("x,y\n1,a\n2," + "b" * 1000 + "\n")
     assert "is a quotation mark missing" in refused(tmp_path, tmp_path / "in.csv")

@@ -117,7 +117,7 @@ def test_csv_with_features_and_text_labels(tmp_path: Path) -> None:
 def test_csv_types_are_those_of_all_blocks_not_of_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(csv_table, "CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_table, "BLOCK_CHARACTERS", 64)
     rows = [f"{i},{i},{'a' if i < 90 else 'b'}" for i in range(100)]
     rows[95] = "95.5,95,b"
     (tmp_path / "in.csv").write_text("x,y,z\n" + "\n".join(rows) + "\n")

@@ -20,9 +20,8 @@ import msgspec
 from hypha.config.offers import OfferConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
-from hypha.journal import Journal, JournalEntry
+from hypha.journal import Journal
 from hypha.messages import PeerRef
-from hypha.rules import leases
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
@@ -32,6 +31,8 @@ from hypha.worker.leasing import arbiter
 from hypha.worker.leasing.events import ArbiterBegan, ArbiterEvent
 from hypha.worker.leasing.terms import WorkerCapacity
 
+#: An arbiter's leases had entries of their own before 0.1.0; it decides about them, and is run again.
+_PART_OF_ARBITER = "leases"
 #: of a line that is shown
 _SHOWN = 2000
 
@@ -132,7 +133,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -> Difference | None:
     name, event, now = entry["machine"], entry["event"], float(entry["at_s"])
-    kind = name.partition(":")[0]
+    if name == _PART_OF_ARBITER:
+        result.machines += event["type"] == "BookBegan"
+        result.entries += 1
+        return None
     if event["type"] in _BEGIN:
         machines[name] = machine = _BEGIN[event["type"]](event, now)
         result.machines += 1
@@ -144,7 +148,7 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
         result.without_beginning += 1
         return None
     result.entries += 1
-    again = _noted(machine.journal, kind)
+    again = _noted(machine.journal)
     if again is None:
         return Difference(
             entry["number"], name, _short(event), "actions", _short(entry["actions"]), "nothing"
@@ -156,12 +160,9 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
     return None
 
 
-def _noted(journal: Journal, kind: str) -> dict[str, Any] | None:
-    """What ``kind`` noted last; an arbiter's journal has its leases' entries, too."""
-    found: JournalEntry | None = None
-    for entry in journal.entries:
-        if entry.machine.partition(":")[0] == kind:
-            found = entry
+def _noted(journal: Journal) -> dict[str, Any] | None:
+    """What its machine noted last."""
+    found = journal.entries.pop() if journal.entries else None
     journal.entries.clear()
     return json.loads(found.line()) if found is not None else None
 
@@ -204,11 +205,6 @@ def _renewal(raw: Any, now: float) -> _Machine:
     return _Machine(machine.handle, renewal.RenewalEvent, journal, given)
 
 
-def _book(raw: Any, _: float) -> _Machine:
-    began, journal = msgspec.convert(raw, leases.BookBegan), Journal()
-    return _Machine(leases.LeaseBook(began.total, journal).handle, leases.BookEvent, journal)
-
-
 def _arbiter(raw: Any, _: float) -> _Machine:
     began, journal, given = msgspec.convert(raw, ArbiterBegan), Journal(), _Given()
     capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
@@ -221,6 +217,5 @@ _BEGIN: dict[str, Callable[[Any, float], _Machine]] = {
     "LifeBegan": _rounds,
     "AllocatorBegan": _allocator,
     "RenewalBegan": _renewal,
-    "BookBegan": _book,
     "ArbiterBegan": _arbiter,
 }

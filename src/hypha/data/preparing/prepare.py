@@ -99,10 +99,10 @@ def prepare(options: PrepareOptions, progress: Progress = silent) -> Prepared:
     check_options(options)
     _keep_apart(options)
     with contextlib.ExitStack() as stack:
-        staging = stack.enter_context(Staging(options.output, options.force))
+        stack.enter_context(staging := Staging(options.output, options.force))
         apart = None
         if options.holdout and options.holdout_output is not None:
-            apart = stack.enter_context(Staging(options.holdout_output, options.force))
+            stack.enter_context(apart := Staging(options.holdout_output, options.force))
         run = _Run(options, progress)
         try:
             prepared = run.write(staging, apart)
@@ -153,11 +153,11 @@ class _Run:
         options = self._options
         rows = self._records()
         first = self._first(rows)
-        train = self._writer(staging.directory, options.dataset_name, "every sample is in the holdout")
-        stage: Stage = Shuffle(train, staging.directory, options.seed) if options.shuffle else train
+        train = self._writer(staging.path, options.dataset_name, "every sample is in the holdout")
+        stage: Stage = Shuffle(train, staging.path, options.seed) if options.shuffle else train
         held_out = None
         if options.holdout:
-            inside = apart.directory if apart is not None else staging.directory / HOLDOUT
+            inside = apart.path if apart is not None else staging.path / HOLDOUT
             inside.mkdir(exist_ok=True)
             empty = f"a holdout of {options.holdout:g} leaves no sample in it; take more"
             held_out = self._writer(inside, f"{options.dataset_name}-{HOLDOUT}", empty)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 
 from hypha.data.manifest import HOLDOUT, LABELS_FILE, MANIFEST_FILE
 from hypha.data.slices import SUFFIX
@@ -21,60 +20,48 @@ from hypha.files.disks import lock
 from hypha.files.staging import StagedDirectory, restore
 
 
-class Staging:
-    """``with Staging(target, force) as staging:`` fill ``staging.directory``, then ``staging.publish()``.
-
-    Left without that, everything is removed. Raises DataError when the target may not be written.
-    """
+class Staging(StagedDirectory):
+    """A staged directory that raises DataError when the target may not be written."""
 
     def __init__(self, target: Path, force: bool) -> None:
-        self.target = target.resolve()
         self._force = force
+        target = target.resolve()
         try:
-            restore(self.target)
-            with self._unserved():
+            restore(target)
+            with _unserved(target, force):
                 pass
-            self._staged = StagedDirectory(self.target, durable=True)
+            super().__init__(target, durable=True)
         except OSError as exc:
-            raise DataError(f"{self.target.parent} cannot be written: {exc.strerror}") from exc
-        self.directory = self._staged.path
+            raise DataError(f"{target.parent} cannot be written: {exc.strerror}") from exc
 
-    def __enter__(self) -> Staging:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._staged.__exit__(kind, value, trace)
-
-    def publish(self) -> None:
-        """Put the directory in its place. Raises DataError when that cannot be."""
+    def publish(self, replace: bool = True, before: Callable[[], None] = lambda: None) -> None:
         try:
-            with self._unserved():
-                self._staged.publish()
+            with _unserved(self.target, self._force):
+                super().publish(replace, before)
         except OSError as exc:
             raise DataError(f"{self.target} cannot be put in place: {exc.strerror}") from exc
 
-    @contextlib.contextmanager
-    def _unserved(self) -> Iterator[None]:
-        """Keeps a node from beginning to serve the target, or the holdout in it, meanwhile. Raises
-        InputUnusable when the target is not to be replaced.
-        """
-        check_target(self.target, self._force)
-        with contextlib.ExitStack() as stack:
-            for directory in _datasets_in(self.target):
-                try:
-                    handle = lock(directory, fcntl.LOCK_EX)
-                except OSError:
-                    # where there are no locks, nobody can be asked
-                    continue
-                if handle is None:
-                    raise InputUnusable(
-                        f"{directory} is being served by a data node, whose jobs would lose their data; stop "
-                        "that node first, or prepare into another directory"
-                    )
-                stack.callback(os.close, handle)
-            yield
+
+@contextlib.contextmanager
+def _unserved(target: Path, force: bool) -> Iterator[None]:
+    """Keeps a node from beginning to serve the target, or the holdout in it, meanwhile. Raises InputUnusable
+    when the target is not to be replaced.
+    """
+    check_target(target, force)
+    with contextlib.ExitStack() as stack:
+        for directory in _datasets_in(target):
+            try:
+                handle = lock(directory, fcntl.LOCK_EX)
+            except OSError:
+                # where there are no locks, nobody can be asked
+                continue
+            if handle is None:
+                raise InputUnusable(
+                    f"{directory} is being served by a data node, whose jobs would lose their data; stop "
+                    "that node first, or prepare into another directory"
+                )
+            stack.callback(os.close, handle)
+        yield
 
 
 def check_target(target: Path, force: bool) -> None:

@@ -203,36 +203,26 @@ class SliceChecks:
 
     async def require_whole(self, index: int, limit: trio.CapacityLimiter) -> None:
         """Return when the slice is known to be whole. Raises Refused, ``invalid`` or ``not-found``."""
+        path, name = self._paths[index], f"{self._dataset.name}/{index}"
+        fields = {"dataset": self._dataset.name, "slice": index}
         # many workers may want one slice at once; it is read through for the first of them
         async with self._locks.setdefault(index, trio.Lock()):
-            problem = await self._problem(index, limit)
+            before, known = signature(path), self._verdicts.get(index)
+            if known is not None and known[0] == before:
+                problem = known[1]
+            else:
+                problem = await in_thread(
+                    found_wrong, self._dataset, index, limiter=limit, abandon_on_cancel=True
+                )
+                self._verdicts[index] = (before, problem)
+                if problem is not None:
+                    logger.error("Slice %s is not served: %s: %s.", name, path, problem, extra=fields)
+                elif known is not None:
+                    logger.warning("Slice file %s was touched; it is whole.", path, extra=fields)
         if problem is not None:
-            name = f"{self._dataset.name}/{index}"
             raise Refused(
                 "invalid", f"slice {name} is corrupt here ({problem}); another provider may have it"
             )
-
-    async def _problem(self, index: int, limit: trio.CapacityLimiter) -> str | None:
-        path = self._paths[index]
-        before = signature(path)
-        known = self._verdicts.get(index)
-        if known is not None and known[0] == before:
-            return known[1]
-        problem = await in_thread(found_wrong, self._dataset, index, limiter=limit, abandon_on_cancel=True)
-        if problem is not None:
-            logger.error(
-                "Slice %s is not served: %s: %s.",
-                f"{self._dataset.name}/{index}",
-                path,
-                problem,
-                extra={"dataset": self._dataset.name, "slice": index},
-            )
-        elif known is not None:
-            logger.warning(
-                "Slice file %s was touched; it is whole.", path, extra={"dataset": self._dataset.name}
-            )
-        self._verdicts[index] = (before, problem)
-        return problem
 
 
 def signature(path: Path) -> Signature:

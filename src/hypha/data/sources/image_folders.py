@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +96,7 @@ class ImageFolder:
             start += len(part)
 
 
-class DescribedImages:
+class DescribedImages(Table):
     """Images with a table beside them: one row an image, which the column ``file_name`` names by its path
     from the table. As a table, it has the other columns, and ``pixel_values``.
     """
@@ -114,12 +113,11 @@ class DescribedImages:
             raise InputUnusable(
                 f"{self._tables[0]} has a column {PIXELS!r}, as the images are called; rename it"
             )
-        self.names = [PIXELS, *(name for name in self._base.names if name != FILE_NAME)]
-        self.types: Mapping[str, Any] = {
-            name: kind for name, kind in self._base.types.items() if name != FILE_NAME
-        }
+        super().__init__(
+            [PIXELS, *(name for name in self._base.names if name != FILE_NAME)],
+            {name: kind for name, kind in self._base.types.items() if name != FILE_NAME},
+        )
         self.labels = self._base.labels
-        self.texts = self._base.texts - {FILE_NAME}
         self.images = frozenset({PIXELS})
         self._wanted = {path.resolve() for path in layout.paths}
         self._elsewhere = {one.path.resolve() for one in layout.others}

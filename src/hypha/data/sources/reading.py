@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, cast
 
@@ -40,10 +41,6 @@ def data_suffix(path: Path) -> str:
     """The suffix that says what a file holds, in lower case: ``.csv`` of ``Table.CSV.gz``."""
     suffix = path.suffix.lower()
     return path.with_suffix("").suffix.lower() if suffix in _OPENERS else suffix
-
-
-def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _OPENERS
 
 
 def open_data(path: Path) -> IO[bytes]:
@@ -79,12 +76,20 @@ def encoding_of(head: bytes, asked: str | None) -> str:
     return next((name for mark, name in _MARKS if head.startswith(mark)), "utf-8")
 
 
-def open_text(path: Path, asked: str | None) -> io.TextIOWrapper:
-    """The file as text, line ends kept as they are. Raises InputUnusable, ConfigError; reading raises one of
-    :data:`BROKEN`, or UnicodeDecodeError.
+@contextlib.contextmanager
+def open_text(path: Path, asked: str | None) -> Iterator[io.TextIOWrapper]:
+    """The file as text, line ends kept as they are. Raises InputUnusable, also for what cannot be read later,
+    and ConfigError.
     """
     encoding = encoding_of(head_of(path)[0], asked)
-    return io.TextIOWrapper(cast(io.BufferedReader, open_data(path)), encoding=encoding, newline="")
+    try:
+        binary = cast(io.BufferedReader, open_data(path))
+        with io.TextIOWrapper(binary, encoding=encoding, newline="") as file:
+            yield file
+    except UnicodeDecodeError as exc:
+        raise not_in_encoding(path, asked) from exc
+    except BROKEN as exc:
+        raise InputUnusable(f"{path} cannot be read: {exc}; is it whole?") from exc
 
 
 def not_in_encoding(path: Path, asked: str | None) -> InputUnusable:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -19,8 +18,7 @@ from tokenizers import Tokenizer
 from hypha.data.columns import Block, listed, rows_a_block, rows_from
 from hypha.data.options import BYTES, PrepareOptions
 from hypha.data.slices import Array
-from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
-from hypha.data.sources.tables.arrow_columns import plain
+from hypha.data.sources.reading import open_text
 from hypha.data.sources.tables.tables import NAMED_ROWS, Table
 from hypha.decoding import decode_json
 from hypha.errors import ConfigError, InputUnusable, Problem, Undecodable
@@ -33,19 +31,10 @@ _READ_CHARACTERS = 1 << 20
 Piece = tuple[str, bool]
 
 
-class Documents(Protocol):
-    """Where text comes from."""
-
-    @property
-    def notes(self) -> list[str]:
-        """What was chosen or left out; complete after the last piece."""
-
-    def pieces(self) -> Iterator[Piece]:
-        """All documents, in pieces. Raises InputUnusable naming the file."""
-
-
 class FileDocuments:
-    """Each file is a document."""
+    """Each file is a document. ``notes`` are complete after the last of ``pieces``, of these documents as of
+    those of a table.
+    """
 
     def __init__(self, files: list[Path], encoding: str | None) -> None:
         self._files = files
@@ -61,18 +50,13 @@ class FileDocuments:
         for path in self._files:
             held = ""
             empty = True
-            try:
-                with open_text(path, self._encoding) as file:
-                    while more := file.read(_READ_CHARACTERS):
-                        empty = False
-                        held += more
-                        if len(held) >= PIECE_CHARACTERS and (cut := held.rfind("\n") + 1):
-                            yield held[:cut], False
-                            held = held[cut:]
-            except UnicodeDecodeError as exc:
-                raise not_in_encoding(path, self._encoding) from exc
-            except BROKEN as exc:
-                raise InputUnusable(f"{path} cannot be read: {exc}; is it whole?") from exc
+            with open_text(path, self._encoding) as file:
+                while more := file.read(_READ_CHARACTERS):
+                    empty = False
+                    held += more
+                    if len(held) >= PIECE_CHARACTERS and (cut := held.rfind("\n") + 1):
+                        yield held[:cut], False
+                        held = held[cut:]
             if empty:
                 self._empty.append(path.name)
             yield held, True
@@ -118,7 +102,7 @@ class TableDocuments:
 
     def pieces(self) -> Iterator[Piece]:
         for batch in self._table.batches([self._column]):
-            for index, text in enumerate(plain(batch.columns[self._column]).to_pylist()):
+            for index, text in enumerate(batch.columns[self._column].to_pylist()):
                 if not text:
                     self._empty += 1
                     if len(self._named) < NAMED_ROWS:
@@ -193,7 +177,7 @@ def _end_token(path: Path) -> str | None:
 class TextSource:
     labels: Mapping[str, tuple[str, ...]] = {}
 
-    def __init__(self, documents: Documents, options: PrepareOptions) -> None:
+    def __init__(self, documents: FileDocuments | TableDocuments, options: PrepareOptions) -> None:
         if options.tokenizer is None:
             message = f"text needs one: --tokenizer with a directory with a tokenizer.json, or {BYTES!r}"
             raise ConfigError([Problem("tokenizer", message)])

@@ -28,7 +28,8 @@ from hypha.scheduler.handlers import FileHandlers, RequestHandlers
 from hypha.scheduler.job.ending import publish
 from hypha.scheduler.job.opening import Opened
 from hypha.scheduler.job.states import JobContext, JobResult, JobStage
-from hypha.scheduler.leasing.events import LeaseGained, LeaseLeaving, LeaseLost, LeaseRecovered, LeaseSuspect
+from hypha.scheduler.leasing.events import Gained, WorkerLeaves
+from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Suspected
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import CarriedOver
@@ -294,29 +295,30 @@ class WorkingJob(JobStage):
     async def _leases(self) -> None:
         executors, pool = self.executors, self._context.pool
         async for event in pool.events:
-            fields = {"worker_peer_id": event.worker.peer, "lease_id": event.lease_id}
-            match event:
-                case LeaseGained():
-                    if (event.worker.peer, event.kind) in executors.leases:
+            lease, peer, kind = event.lease, event.lease.worker.peer, event.lease.kind
+            match event.change:
+                case Gained():
+                    if (peer, kind) in executors.leases:
                         logger.warning(
-                            "A worker gave two leases for one kind of job; one is released", extra=fields
+                            "A worker gave two leases for one kind of job; one is released",
+                            extra={"worker_peer_id": peer, "lease_id": lease.lease_id},
                         )
-                        await pool.release(event.lease_id, avoid=True)
+                        await pool.release(lease.lease_id, avoid=True)
                     else:
-                        executors.gained(event)
-                        await self._ledger.run(Ledger.lease_gained, event)
-                case LeaseLost(reason=reason):
-                    await self._ledger.run(Ledger.lease_ended, event.lease_id)
-                    if event.to_blame:
-                        await self._ledger.run(Ledger.failed, event.worker.peer, reason)
-                    if executors.lost(event.worker.peer, event.kind) is not None:
-                        self._handle(events.ParticipantLost(event.worker.peer, event.kind, reason))
-                case LeaseSuspect():
-                    self._handle(events.Unreachable(event.worker.peer, event.kind))
-                case LeaseLeaving(left_s=left_s):
-                    self._handle(events.ParticipantLeaves(event.worker.peer, event.kind, left_s))
-                case LeaseRecovered():
-                    self._handle(events.Reachable(event.worker.peer, event.kind))
+                        executors.gained(lease)
+                        await self._ledger.run(Ledger.lease_gained, lease)
+                case Lapsed(reason, refused):
+                    await self._ledger.run(Ledger.lease_ended, lease.lease_id)
+                    if not refused:
+                        await self._ledger.run(Ledger.failed, peer, reason)
+                    if executors.lost(peer, kind) is not None:
+                        self._handle(events.ParticipantLost(peer, kind, reason))
+                case Suspected():
+                    self._handle(events.Unreachable(peer, kind))
+                case WorkerLeaves(_, left_s):
+                    self._handle(events.ParticipantLeaves(peer, kind, left_s))
+                case Recovered():
+                    self._handle(events.Reachable(peer, kind))
 
     async def _ticking(self) -> None:
         while True:

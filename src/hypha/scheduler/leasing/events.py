@@ -10,6 +10,7 @@ from msgspec import Struct
 from hypha import __version__
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer, WorkerRequest
 from hypha.rules.leases import Tick
+from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Suspected
 
 #: why an offer was not taken
 Cause = Literal["late", "price", "resources", "features", "avoided", "not-needed", "other"]
@@ -97,9 +98,12 @@ class LeaseFailed(Struct, frozen=True, tag="Lost"):
 
 
 class WorkerLeaves(Struct, frozen=True, tag="Leaves"):
-    """The worker of this lease ends soon: it is held on, and another one is looked for meanwhile."""
+    """The worker of this lease ends in ``left_s`` seconds: the lease lasts until then, and another worker is
+    looked for meanwhile.
+    """
 
     lease_id: str
+    left_s: float = 0.0
 
 
 class TrackRecord(Struct, frozen=True, tag=True):
@@ -251,42 +255,15 @@ class LeaseGained(Struct, frozen=True):
     version: str = ""
 
 
-@dataclass(frozen=True)
-class _OfLease:
-    lease_id: str
-    worker: PeerRef
-    kind: ExecutorClass
+LeaseChange = Gained | Suspected | Recovered | WorkerLeaves | Lapsed
 
 
 @dataclass(frozen=True)
-class LeaseSuspect(_OfLease):
-    """The worker cannot be reached, repeatedly; its lease has not expired."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class LeaseRecovered(_OfLease):
-    """A suspected worker answered again."""
-
-
-@dataclass(frozen=True)
-class LeaseLost(_OfLease):
-    """The lease expired, or the worker ended it. One that :meth:`Pool.release` gave back is not reported."""
-
-    reason: str
-    #: it did not end the lease itself
-    to_blame: bool = True
-
-
-@dataclass(frozen=True)
-class LeaseLeaving(_OfLease):
-    """The worker ends in ``left_s`` seconds; its lease lasts until then, and another worker is looked for.
-    Reported again whenever the worker announces it.
+class PoolEvent:
+    """What became of ``lease``: first it was gained. After :class:`Lapsed` nothing more is reported; of one
+    that :meth:`Pool.release` gave back not even that. :class:`WorkerLeaves` is reported again whenever the
+    worker announces it.
     """
 
-    left_s: float
-    reason: str
-
-
-PoolEvent = LeaseGained | LeaseSuspect | LeaseRecovered | LeaseLeaving | LeaseLost
+    lease: LeaseGained
+    change: LeaseChange

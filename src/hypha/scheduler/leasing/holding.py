@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
-from opentelemetry.trace import Span, Status, StatusCode, use_span
+from opentelemetry.trace import Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
-from hypha.messages import ExecutorClass, LeaseRenewed, PeerRef, RenewLease
+from hypha.messages import LeaseRenewed, RenewLease
 from hypha.node import Node
 from hypha.rules.leases import Tick
-from hypha.scheduler.leasing.events import Contended, Dismiss, Gained, LeaseGained
+from hypha.scheduler.leasing.events import Contended, Gained, LeaseGained
 from hypha.scheduler.leasing.renewal import (
     Attempt,
     CertificateRevoked,
@@ -46,8 +46,8 @@ LEAVING_PAUSE_S = 0.2
 #: longer, but the job is not held up for a worker that may be gone.
 ADOPT_S = 10.0
 
-#: What becomes of a lease while it is kept; after :class:`Lapsed` nothing more.
-LeaseChange = Gained | Contended | Suspected | Recovered | Dismiss | Lapsed
+#: What is reported while a lease is kept; after :class:`Lapsed` nothing more.
+Reported = Gained | Contended | Suspected | Recovered | Lapsed
 
 
 @dataclass(eq=False)
@@ -56,9 +56,8 @@ class Holding:
 
     #: as it is dispatched under, and kept in the ledger
     lease: LeaseGained
-    expires_at: float
+    renewal: Renewal
     gained: bool = False
-    suspected: bool = False
     connection_lost: bool = False
     revoked: bool = False
     #: when its worker ends, where the worker has announced it; and why it has ended the lease itself
@@ -86,11 +85,6 @@ class Holding:
     def attributes(self) -> dict[str, str]:
         return {"hypha.lease": self.lease.lease_id, "hypha.peer": self.lease.worker.peer}
 
-    @property
-    def named(self) -> tuple[str, PeerRef, ExecutorClass]:
-        """Its id, its worker and its kind, as they stand in what is reported of it."""
-        return self.lease.lease_id, self.lease.worker, self.lease.kind
-
     def announced_end(self, left_s: float, now: float) -> float | None:
         """Its worker has announced at ``now`` that it ends in ``left_s``. How long is left, where that is to
         be passed on; None where it was a moment ago.
@@ -106,83 +100,42 @@ class Holding:
         return max(0.0, self.leaves_at - now)
 
 
-class RenewalSpans:
-    """One span at a time, with ``attributes``. The first one accepts the offer that was received in the span
-    ``offered_in``, a ``traceparent``; of a lease that is ``held`` already it is a renewal like the others.
+async def keep_renewed(held: Holding, node: Node, report: Callable[[Holding, Reported], None]) -> None:
+    """Accept the lease by its first renewal, and renew it as its machine decides, until it lapses or its
+    scope is cancelled. ``report`` receives what becomes of it. A span covers all attempts of one renewal; the
+    first one accepts the offer, and belongs to the span in which that was received.
     """
-
-    def __init__(self, attributes: Mapping[str, str], offered_in: str | None, held: bool) -> None:
-        self._attributes = attributes
-        self._offered_in = offered_in
-        self._operation = RENEW_LEASE if held else ACCEPT_OFFER
-        self._span: Span | None = None
-
-    def __enter__(self) -> RenewalSpans:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
-        """An attempt goes on meanwhile; it is the first of a renewal, or one more."""
-        if self._span is None:
-            self._span = start_span(self._operation, self._attributes, parent=self._offered_in)
-        with use_span(self._span, record_exception=False, set_status_on_exception=False):
-            yield
-
-    def failed(self, what: str, reason: str) -> None:
-        """What became of the lease in a renewal that did not succeed: an event, and the span is an error."""
-        if self._span is not None:
-            self._span.add_event(what, {"hypha.reason": reason})
-            failed(self._span, reason)
-
-    def renewed(self) -> None:
-        """The renewal is over; the next one has nothing to do with the offer."""
-        if self._span is not None:
-            self._span.set_status(Status(StatusCode.OK))
-        self._end()
-        self._operation, self._offered_in = RENEW_LEASE, None
-
-    def _end(self) -> None:
-        span, self._span = self._span, None
-        if span is not None:
-            span.end()
-
-
-async def keep_renewed(
-    held: Holding, renewal: Renewal, node: Node, report: Callable[[LeaseChange], None]
-) -> None:
-    """Accept the lease by its first renewal, and renew it as ``renewal`` decides, until it lapses or its
-    scope is cancelled. ``report`` receives what becomes of it.
-    """
-    with held.scope, RenewalSpans(held.attributes, held.offered_in, held.gained) as spans:
-        events: list[RenewalEvent] = [Tick()]
+    renewal, span = held.renewal, None
+    operation, parent = RENEW_LEASE if held.gained else ACCEPT_OFFER, held.offered_in
+    events: list[RenewalEvent] = [Tick()]
+    with held.scope, contextlib.ExitStack() as spans:
         while True:
             attempt: Attempt | None = None
             for event in events:
                 for action in renewal.handle(event, trio.current_time()):
-                    match action:
-                        case Attempt():
-                            attempt = action
-                        case Suspected(reason):
-                            spans.failed("lease suspect", reason)
-                            report(action)
-                        case Recovered():
-                            report(action)
-                        case Lapsed(reason):
-                            spans.failed("lease lost", reason)
-                            report(action)
-                            return
-            held.expires_at, held.suspected = renewal.expires_at, renewal.suspected
+                    if isinstance(action, Attempt):
+                        attempt = action
+                        continue
+                    if span is not None and isinstance(action, Suspected | Lapsed):
+                        what = "lease lost" if isinstance(action, Lapsed) else "lease suspect"
+                        span.add_event(what, {"hypha.reason": action.reason})
+                        failed(span, action.reason)
+                    report(held, action)
+                    if isinstance(action, Lapsed):
+                        return
             if attempt is not None:
-                with spans.attempt():
+                if span is None:
+                    span = start_span(operation, held.attributes, parent=parent)
+                    spans.callback(span.end)
+                with use_span(span, record_exception=False, set_status_on_exception=False):
                     result = await _attempt(held, node, attempt.timeout_s, report)
                 if isinstance(result, Renewed):
                     if not held.gained:
                         held.gained = True
-                        report(Gained(held.lease.lease_id))
-                    spans.renewed()
+                        report(held, Gained(held.lease.lease_id))
+                    span.set_status(Status(StatusCode.OK))
+                    spans.close()
+                    span, operation, parent = None, RENEW_LEASE, None
                 events = [result]
             else:
                 with trio.move_on_at(min(renewal.next_wake, held.overstays_at)):
@@ -191,7 +144,6 @@ async def keep_renewed(
                 events = [Tick()]
             if trio.current_time() >= held.overstays_at and held.handed_back is None:
                 held.handed_back = "it was to have ended by now"
-                report(Dismiss(held.lease.lease_id, held.lease.worker))
             if held.revoked:
                 events = [CertificateRevoked()]
             elif held.handed_back is not None:
@@ -203,7 +155,7 @@ async def keep_renewed(
 
 
 async def _attempt(
-    held: Holding, node: Node, timeout_s: float, report: Callable[[LeaseChange], None]
+    held: Holding, node: Node, timeout_s: float, report: Callable[[Holding, Reported], None]
 ) -> RenewalEvent:
     lease_id, peer = held.lease.lease_id, held.lease.worker.peer
     try:
@@ -219,5 +171,5 @@ async def _attempt(
     logger.info("Lease renewed successfully", extra=held.log_fields)
     if (contention := (reply.contended, reply.outranked)) != held.contention:
         held.contention = contention
-        report(Contended(lease_id, *contention))
+        report(held, Contended(lease_id, *contention))
     return Renewed(reply.expires_in_s)

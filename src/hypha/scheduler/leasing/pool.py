@@ -34,7 +34,7 @@ from hypha.runtime import chance
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import Allocator
 from hypha.scheduler.leasing.events import LeaseGained, PoolEvent, Search, SearchTimes, TrackRecord
-from hypha.scheduler.leasing.holding import ADOPT_S, Holding, LeaseChange, keep_renewed
+from hypha.scheduler.leasing.holding import ADOPT_S, Holding, Reported, keep_renewed
 from hypha.scheduler.leasing.renewal import Lapsed, Recovered, Renewal, Suspected
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.versions import StatedVersions
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 RELEASE_TIMEOUT_S = 2.0
 #: While workers are missing, that is logged again after this long.
 REMIND_S = 15.0
+_GIVEN_BACK = "given back, as there are too few workers to begin, and other schedulers ask for this one"
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
 
@@ -101,9 +102,6 @@ class Pool:
         """All leases held now."""
         return tuple(held.lease for held in self.held)
 
-    def _is_partner(self, peer: str) -> bool:
-        return any(held.gained and held.lease.worker.peer == peer for held in self._held.values())
-
     @property
     def held(self) -> tuple[Holding, ...]:
         """All leases held now, as they stand."""
@@ -142,29 +140,27 @@ class Pool:
             self._apply(allocation.Worked(tuple(parts.items())))
 
     def adopt(self, leases: Iterable[LeaseGained]) -> None:
-        """Go on with leases of an earlier scheduler: they count as held, without :class:`LeaseGained`, and
-        are renewed at once; :class:`LeaseLost` is reported of those that their workers do not know, or that
+        """Go on with leases of an earlier scheduler: they count as held, without :class:`Gained`, and are
+        renewed at once; :class:`Lapsed` is reported of those that their workers do not know, or that
         nobody confirms. Before or while :meth:`run` runs.
         """
-        now = trio.current_time()
         for lease in leases:
-            held = Holding(lease, now + ADOPT_S, gained=True)
-            self._held[lease.lease_id] = held
-            self._node.learn(lease.worker)
+            self._adopted.append(self._start_holding(lease, ADOPT_S, gained=True))
             self._apply(allocation.Adopted(lease.kind, lease.lease_id, lease.worker.peer))
-            self._adopted.append(held)
 
     async def release(self, lease_id: str, avoid: bool = False) -> None:
         """Give a lease back; where its worker is still wanted another takes its place (the same one
         only for lack of others when ``avoid`` is set). Returns when the worker knows, or after a short
         while; an unknown lease is no error.
         """
-        held = self._held.pop(lease_id, None)
-        if held is None:
-            return
-        held.scope.cancel()
-        self._apply(allocation.LeaseFailed(lease_id, avoid))
-        await self._release(held.lease.worker, lease_id)
+        if (held := self._let_go(lease_id, avoid)) is not None:
+            await self._release(held.lease.worker, lease_id)
+
+    def _let_go(self, lease_id: str, avoid: bool) -> Holding | None:
+        if (held := self._held.pop(lease_id, None)) is not None:
+            held.scope.cancel()
+            self._apply(allocation.LeaseFailed(lease_id, avoid))
+        return held
 
     async def close(self, timeout_s: float = RELEASE_TIMEOUT_S) -> None:
         """Give everything back, for at most ``timeout_s``, and end :meth:`run`."""
@@ -186,7 +182,7 @@ class Pool:
         """Keep the pool; ``started`` once offers are answered."""
         self._node.answer(WorkerOffer, self._answer_offer)
         self._node.answer(WorkerLeaving, self._answer_leaving)
-        self._node.prefer(self._is_partner)
+        self._node.prefer(lambda peer: any(lease.worker.peer == peer for lease in self.leases))
         with self._send, self._running:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._watch_peers)
@@ -201,7 +197,7 @@ class Pool:
                         self._carry_out(action, nursery)
                     adopted, self._adopted = self._adopted, []
                     for held in adopted:
-                        nursery.start_soon(self._hold, held)
+                        nursery.start_soon(keep_renewed, held, self._node, self._changed)
                     next_wake = self._allocator.next_wake
                     with trio.move_on_at(math.inf if next_wake is None else next_wake):
                         await wake.wait()
@@ -247,10 +243,9 @@ class Pool:
         if held.leaves_at is None:
             text = "A leased worker ends in %.1f s (%s); another one is looked for."
             logger.info(text, leaving.left_s, reason, extra=held.log_fields)
-            self._apply(allocation.WorkerLeaves(leaving.lease_id))
-        now = trio.current_time()
-        if (left_s := held.announced_end(leaving.left_s, now)) is not None:
-            self._tell(held, allocation.LeaseLeaving(*held.named, left_s, reason))
+            self._apply(allocation.WorkerLeaves(leaving.lease_id, leaving.left_s))
+        if (left_s := held.announced_end(leaving.left_s, trio.current_time())) is not None:
+            self._tell(held, allocation.WorkerLeaves(leaving.lease_id, left_s))
         return Acknowledged()
 
     def _carry_out(self, action: allocation.AllocatorAction, nursery: trio.Nursery) -> None:
@@ -260,18 +255,31 @@ class Pool:
             case allocation.Accept(kind, offer, expires_at):
                 lease_id, worker = offer.lease_id, offer.worker
                 lease = LeaseGained(lease_id, worker, offer.resources, offer.price, kind, offer.version)
-                held = Holding(lease, expires_at, offered_in=self._offered_in.pop(lease_id, None))
-                self._held[lease_id] = held
-                self._node.learn(worker)
-                nursery.start_soon(self._hold, held)
+                held = self._start_holding(lease, expires_at - trio.current_time())
+                nursery.start_soon(keep_renewed, held, self._node, self._changed)
             case allocation.Dismiss(lease_id, worker):
                 self._offered_in.pop(lease_id, None)
                 self._unwanted[lease_id] = worker
                 nursery.start_soon(self._release, worker, lease_id)
             case allocation.GiveBack(lease_id):
-                self._give_back(lease_id, nursery)
+                # a job that cannot begin gives way to others
+                if (given := self._let_go(lease_id, avoid=False)) is None:
+                    return
+                if given.gained:
+                    logger.info("A worker is %s.", _GIVEN_BACK, extra=given.log_fields)
+                    self._tell(given, Lapsed(_GIVEN_BACK, refused=True))
+                self._unwanted[lease_id] = given.lease.worker
+                nursery.start_soon(self._release, given.lease.worker, lease_id)
             case allocation.Keep() | allocation.Decline():
                 pass
+
+    def _start_holding(self, lease: LeaseGained, expires_in_s: float, gained: bool = False) -> Holding:
+        now, lease_id = trio.current_time(), lease.lease_id
+        renewal = Renewal(expires_in_s, now, self._random, lease_id, self._journal)
+        held = Holding(lease, renewal, gained, offered_in=self._offered_in.pop(lease_id, None))
+        self._held[lease_id] = held
+        self._node.learn(lease.worker)
+        return held
 
     async def _publish(self, action: allocation.Advertise) -> None:
         kind = action.ask.kind
@@ -298,70 +306,47 @@ class Pool:
         finally:
             self._publishing.discard(kind)
 
-    def _give_back(self, lease_id: str, nursery: trio.Nursery) -> None:
-        """A job that cannot begin gives way to others."""
-        held = self._held.pop(lease_id, None)
-        if held is None:
-            return
-        held.scope.cancel()
-        self._apply(allocation.LeaseFailed(lease_id, avoid=False))
-        reason = "given back, as there are too few workers to begin, and other schedulers ask for this one"
-        if held.gained:
-            logger.info("A worker is %s.", reason, extra=held.log_fields)
-            self._tell(held, allocation.LeaseLost(*held.named, reason, False))
-        self._unwanted[lease_id] = held.lease.worker
-        nursery.start_soon(self._release, held.lease.worker, lease_id)
-
     # --- what becomes of one lease ------------------------------------------------------------------
 
-    async def _hold(self, held: Holding) -> None:
-        now = trio.current_time()
-        renewal = Renewal(held.expires_at - now, now, self._random, held.lease.lease_id, self._journal)
-        await keep_renewed(held, renewal, self._node, lambda change: self._changed(held, change))
-
-    def _changed(self, held: Holding, change: LeaseChange) -> None:
+    def _changed(self, held: Holding, change: Reported) -> None:
         match change:
             case allocation.Gained():
                 logger.info("A worker was leased for %s jobs.", held.lease.kind, extra=held.log_fields)
                 self._versions.leased(held.lease.kind, held.lease.worker.peer, Abilities(held.lease.version))
                 self._apply(change)
-                self._tell(held, held.lease)
+                self._tell(held, change)
             case allocation.Contended():
                 self._apply(change)
-            case Suspected(reason) if held.gained:
-                logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
-                self._tell(held, allocation.LeaseSuspect(*held.named, reason))
-            case Suspected():
-                pass  # it is only an offer yet
+            case Suspected(reason):
+                if held.gained:
+                    logger.warning("A leased worker cannot be reached: %s.", reason, extra=held.log_fields)
+                self._tell(held, change)
             case Recovered():
-                self._tell(held, allocation.LeaseRecovered(*held.named))
-            case allocation.Dismiss():
-                self._todo.append(change)
-            case Lapsed(reason, refused):
-                self._lose(held, reason, refused)
+                self._tell(held, change)
+            case Lapsed():
+                self._lose(held, change)
 
-    def _lose(self, held: Holding, reason: str, refused: bool) -> None:
-        lease_id, worker = held.lease.lease_id, held.lease.worker
+    def _lose(self, held: Holding, lapsed: Lapsed) -> None:
+        lease_id = held.lease.lease_id
         self._held.pop(lease_id, None)
         # a worker that ends its lease itself is well, and may be taken again
-        self._apply(allocation.LeaseFailed(lease_id, avoid=not refused))
-        if not refused:
+        self._apply(allocation.LeaseFailed(lease_id, avoid=not lapsed.refused))
+        if not lapsed.refused or trio.current_time() >= held.overstays_at:
             # it may have received the renewals whose replies were lost, and keep its resources for nobody
-            self._todo.append(allocation.Dismiss(lease_id, worker))
+            self._todo.append(allocation.Dismiss(lease_id, held.lease.worker))
         if not held.gained:
-            logger.info("An offer could not be accepted: %s.", reason, extra=held.log_fields)
-            return
-        if held.handed_back is not None:
+            logger.info("An offer could not be accepted: %s.", lapsed.reason, extra=held.log_fields)
+        elif held.handed_back is not None:
             logger.info("A worker handed its lease back: %s.", held.handed_back, extra=held.log_fields)
         else:
-            logger.warning("A lease was lost: %s.", reason, extra=held.log_fields)
-        self._tell(held, allocation.LeaseLost(*held.named, reason, not refused))
+            logger.warning("A lease was lost: %s.", lapsed.reason, extra=held.log_fields)
+        self._tell(held, lapsed)
 
-    def _tell(self, held: Holding, event: PoolEvent) -> None:
+    def _tell(self, held: Holding, change: allocation.LeaseChange) -> None:
         # while the job ends, workers may still send something
         with contextlib.suppress(trio.ClosedResourceError):
             if held.gained:
-                self._send.send_nowait(event)
+                self._send.send_nowait(PoolEvent(held.lease, change))
 
     async def _release(self, worker: PeerRef, lease_id: str) -> None:
         async with self._releasing:

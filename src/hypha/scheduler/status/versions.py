@@ -22,7 +22,6 @@ from hypha.features import (
     in_words,
     missing_services,
     printable,
-    services_in_words,
     stated,
 )
 from hypha.messages import ExecutorClass, Health, HealthReport, WorkerOffer
@@ -147,7 +146,7 @@ class ServiceVersions:
             shown(peer),
             abilities,
             __version__,
-            services_in_words(lacking),
+            in_words(lacking),
             extra={"peer_id": peer},
         )
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hypha.backoff import pause_after
 from hypha.config.offers import OfferConfig
 from hypha.messages import ExecutorClass, Resources
-from hypha.rules.leases import LeaseBook
+from hypha.rules.leases import Lease, LeaseBook
 
 #: a scheduler that wants workers repeats its request after five seconds at the latest
 FORGOTTEN_S = 30.0
@@ -122,10 +122,11 @@ class Ageing:
         waiter = min(found)[1]
         return waiter, self._waits[waiter].resources
 
-    def contention(self, asked: Asked, now: float) -> tuple[bool, bool]:
+    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
         """Whether any other scheduler was refused for lack of what is leased, and still asks for it; and
-        whether one of them began to ask before ``asked`` was received.
+        whether one of them began to ask before that of ``lease`` did.
         """
+        asked = lease.scheduler, lease.request_id
         self._forget(now)
         others = [
             (peer, waits.request_id)

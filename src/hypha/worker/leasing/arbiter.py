@@ -23,8 +23,6 @@ free on no GPU by itself is not offered.
 The price offered is the worker's at that moment, or the bid where that is higher: a scheduler pays what it
 bids, else outbidding others would cost nothing. An offer above the bid is a counter-offer: its scheduler
 takes it where it is within its private maximum, and refuses it at once where it is not.
-
-It is one module, as every decision reads and changes the same requests that wait.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from msgspec import structs
 from hypha.config.offers import OfferConfig
 from hypha.journal import Journal
 from hypha.messages import PeerRef, WorkerOffer, WorkerRequest
-from hypha.rules.leases import Denied, Granted, Lease, LeaseBook, LeaseEnded, Renew, Reserve, Revoke, Tick
+from hypha.rules.leases import Denied, Granted, Lease, LeaseBook, LeaseEnded, Tick
 from hypha.rules.resources import add_up, fits, weighted_capacity
 from hypha.runtime import new_id
 from hypha.worker.leasing.ageing import Ageing, FailedOffers, Waiter
@@ -64,6 +62,7 @@ NAME = "arbiter"
 MAX_WAITING = 1024
 #: And so many of one scheduler, which publishes one for each class of executor.
 MAX_WAITING_OF_ONE = 4
+_CLOSED: tuple[str, Cause] = "this worker is drained, or stopping", "closed"
 #: A temporary lease that is given back unused only after this share of its time came to nothing, too.
 _TOO_LATE = 0.75
 #: Of the time that a request allows, the share within which a better bidder's connection is waited for.
@@ -86,8 +85,7 @@ class _Waiting:
 
 class Arbiter:
     """Decides for one worker that has ``capacity``, on the terms ``terms``. ``worker`` gives its own
-    reference at the moment of an offer (addresses change), ``new_id`` lease ids. What its version can do goes
-    with every offer, and nothing is offered to who needs more.
+    reference at the moment of an offer (addresses change), ``new_id`` lease ids.
     """
 
     def __init__(
@@ -108,12 +106,12 @@ class Arbiter:
                 tuple(capacity.gpus),
             )
             journal.note(NAME, 0.0, began, (), {})
-        self.book = LeaseBook(capacity.total, journal)
+        self.book = LeaseBook(capacity.total)
         #: which lease has which of them
         self.gpus = GpuBoard(capacity.gpus)
         self._terms = terms
         self.pricing = Pricing(terms)
-        self._ageing = Ageing(terms, self.book)
+        self.ageing = Ageing(terms, self.book)
         self._capacity = capacity
         self._worker = worker
         self._new_id = new_id
@@ -153,6 +151,7 @@ class Arbiter:
 
     def validate(self, now: float) -> None:
         """Assert what always holds after an event at ``now``. For tests and simulation."""
+        self.book.validate(now)
         assert (self._window_ends is None) == (not self._waiting), "requests wait without a window"
         assert self._window_ends is None or self._window_ends > now, "a window has ended undecided"
         assert not (self.closed and self._waiting), "a worker that stops lets requests wait"
@@ -170,18 +169,13 @@ class Arbiter:
         for lease in self.book:
             assert lease.price >= self._terms.floor, f"{lease.lease_id} is below the owner's floor"
         self.pricing.validate()
-        self._ageing.validate(now)
-
-    def contention(self, lease: Lease, now: float) -> tuple[bool, bool]:
-        """Whether another scheduler was refused for lack of what is leased, and still asks; and whether one
-        of them has asked for longer than that of ``lease``.
-        """
-        return self._ageing.contention((lease.scheduler, lease.request_id), now)
+        self.ageing.validate(now)
 
     def _summary(self) -> dict[str, object]:
         return {
             "waiting": len(self._waiting),
             "leases": len(self.book),
+            "draining": len(self.book.draining),
             "closed": self.closed,
             "price_level": self.pricing.level,
         }
@@ -193,7 +187,7 @@ class Arbiter:
                 actions.extend(self.book.handle(Tick(), now))
                 self._notice(actions, now)
                 refusal = (
-                    self._closed_now()
+                    (_CLOSED if self.closed else None)
                     or self._capacity.unfit(publisher, request, self._terms.floor)
                     or self.pricing.too_low(request, cached)
                     or self._enter(request, reached, cached, now)
@@ -204,18 +198,17 @@ class Arbiter:
                 actions.extend(self._reached(scheduler, reached, now))
             case OfferFailed(lease_id, _, undelivered):
                 lease = self.book.get(lease_id)
-                revoked = self.book.handle(Revoke(lease_id), now)
+                revoked = self.book.revoke(lease_id, now)
                 # who was not reached has not refused anything, and goes on waiting
                 self._notice(revoked, now, refused=not undelivered)
                 if undelivered and lease is not None and not lease.accepted:
                     self._failures.count(lease.scheduler, now)
                 actions.extend(revoked)
             case RenewAsked(lease_id, caller):
-                renewed = self.book.handle(Renew(lease_id, caller, self._terms.lease_s), now)
-                for one in renewed:
-                    if isinstance(one, Granted) and one.lease.lease_id == lease_id:
-                        self._failures.forget(caller)
-                        self._ageing.over((caller, one.lease.kind))
+                renewed = self.book.renew(lease_id, caller, self._terms.lease_s, now)
+                if isinstance(granted := renewed[-1], Granted):
+                    self._failures.forget(caller)
+                    self.ageing.over((caller, granted.lease.kind))
                 self._notice(renewed, now)
                 actions.extend(renewed)
             case Close():
@@ -228,9 +221,8 @@ class Arbiter:
                 self.closed = False
                 actions.extend(self.book.handle(Tick(), now))
             case _:
-                ended = self.book.handle(event, now)
-                self._notice(ended, now)
-                actions.extend(ended)
+                actions.extend(self.book.handle(event, now))
+                self._notice(actions, now)
         if self._window_ends is not None and now >= self._window_ends:
             wait_until = self._better_ones_by(now)
             if wait_until is not None and now < wait_until:
@@ -252,7 +244,7 @@ class Arbiter:
         if not weight > 0:
             return 0.0, waiting.order
         worth = self.pricing.worth(request.bid, request.scheduler.peer, waiting.cached)
-        return -(worth * self._ageing.factor(waiting.waiter, now) / weight), waiting.order
+        return -(worth * self.ageing.factor(waiting.waiter, now) / weight), waiting.order
 
     def _better_ones_by(self, now: float) -> float | None:
         """Until when the decision may wait for a connection to who bids more than all that are reached, so
@@ -269,11 +261,11 @@ class Arbiter:
         not ``refused``, its scheduler begins to wait anew.
         """
         for lease in [action.lease for action in actions if isinstance(action, LeaseEnded)]:
-            self._ageing.seen((lease.scheduler, lease.request_id), now)
+            self.ageing.seen((lease.scheduler, lease.request_id), now)
             if lease.accepted:
                 continue
             if refused:
-                self._ageing.over((lease.scheduler, lease.kind))
+                self.ageing.over((lease.scheduler, lease.kind))
             if lease.expires_at - now <= (1.0 - _TOO_LATE) * self._terms.temporary_lease_s:
                 self._failures.count(lease.scheduler, now)
 
@@ -300,12 +292,8 @@ class Arbiter:
                 actions.append(Ignored(waiting.request.request_id, scheduler, reason))
         return actions
 
-    def _closed_now(self) -> tuple[str, Cause] | None:
-        return ("this worker is drained, or stopping", "closed") if self.closed else None
-
-    def _has_an_offer(self, request: WorkerRequest) -> bool:
-        asks = (request.scheduler.peer, request.executor.kind)
-        return any((lease.scheduler, lease.kind) == asks and not lease.accepted for lease in self.book)
+    def _has_an_offer(self, waiter: Waiter) -> bool:
+        return any((lease.scheduler, lease.kind) == waiter and not lease.accepted for lease in self.book)
 
     def _enter(
         self, request: WorkerRequest, reached: bool, cached: bool, now: float
@@ -314,22 +302,22 @@ class Arbiter:
         key = (request.scheduler.peer, request.request_id)
         if self.book.live_for(*key) is not None:
             return "there is a lease for it", "duplicate"
-        if self._has_an_offer(request):
+        if self._has_an_offer((request.scheduler.peer, request.executor.kind)):
             return "its scheduler has not answered another offer yet", "duplicate"
         if (pausing := self._failures.pausing(request.scheduler.peer, now)) is not None:
             return pausing, "other"
-        known = self._waiting.get(key)
         self._unreached.pop(key, None)
-        if known is None and len(self._waiting) + len(self._unreached) >= MAX_WAITING:
-            return "too many requests are waiting", "other"
-        of_it = sum(one[0] == key[0] for one in (*self._waiting, *self._unreached))
-        if known is None and of_it >= MAX_WAITING_OF_ONE:
-            return "its scheduler asks under too many names", "other"
-        self._received += 1
+        if (known := self._waiting.get(key)) is None:
+            others = (*self._waiting, *self._unreached)
+            if len(others) >= MAX_WAITING:
+                return "too many requests are waiting", "other"
+            if sum(scheduler == key[0] for scheduler, _ in others) >= MAX_WAITING_OF_ONE:
+                return "its scheduler asks under too many names", "other"
+            self._received += 1
         order = self._received if known is None else known.order
         waiting = _Waiting(request, now + request.offer_within_s, order, reached, cached)
         self._waiting[key] = waiting
-        self._ageing.received(waiting.waiter, request.request_id, request.resources, now)
+        self.ageing.received(waiting.waiter, request.request_id, request.resources, now)
         # half of the time it allows is kept for the way: a short deadline shortens the window
         ends = now + min(self._terms.request_window_s, request.offer_within_s / 2)
         self._window_ends = ends if self._window_ends is None else min(self._window_ends, ends)
@@ -356,23 +344,23 @@ class Arbiter:
 
         if now >= contender.before:
             return ignored("an offer would come too late")
-        if self._has_an_offer(request):
+        if self._has_an_offer(contender.waiter):
             return ignored("its scheduler has not answered another offer yet", "duplicate")
         if (low := self.pricing.too_low(request, contender.cached)) is not None:
             return ignored(*low)
         free = self.book.free
         self.gpus.keep_only(lease.lease_id for lease in (*self.book, *self.book.draining))
-        kept = self._ageing.kept_for(now)
+        kept = self.ageing.kept_for(now)
         kept = None if kept is None or kept[0] == contender.waiter else kept
         taken = request.resources if kept is None else add_up([request.resources, kept[1]])
         if not fits(taken, free):
             reason = "what it asks for is not free now"
             if kept is not None and fits(request.resources, free):
                 reason = "what is free is kept for a request that has waited for longer"
-            self._ageing.blocked(contender.waiter)
+            self.ageing.blocked(contender.waiter)
             return ignored(reason, "resources")
         if not self.gpus.fits(request.resources.gpu):
-            self._ageing.blocked(contender.waiter)
+            self.ageing.blocked(contender.waiter)
             return ignored("no GPU has as much memory free as it asks for", "resources")
         free = structs.replace(free, gpu=self.gpus.largest(free.gpu))
         whole = self._terms.strategy == "whole" and request.executor.kind == "train" and kept is None
@@ -389,7 +377,7 @@ class Arbiter:
         )
         temporary_s = self._terms.temporary_lease_s
         actions: list[ArbiterAction] = []
-        for answer in self.book.handle(Reserve(lease, temporary_s), now):
+        for answer in self.book.reserve(lease, temporary_s, now):
             if isinstance(answer, Granted):
                 self.gpus.place(lease.lease_id, lease.resources.gpu)
                 offer = WorkerOffer(
@@ -402,7 +390,7 @@ class Arbiter:
                     version=self._capacity.abilities.version,
                     features=self._capacity.abilities.features,
                 )
-                self._ageing.offered(contender.waiter)
+                self.ageing.offered(contender.waiter)
                 # an offer whose lease has ended by then is no offer
                 actions.append(SendOffer(scheduler, offer, min(contender.before, now + temporary_s)))
             elif isinstance(answer, Denied):

@@ -40,7 +40,7 @@ async def serve_offers(
         lease = lease_service.granted(RenewAsked(request.lease_id, caller))
         logger.debug("Lease renewed successfully", extra={"lease_id": lease.lease_id, "peer_id": caller})
         now = trio.current_time()
-        contended, outranked = lease_service.arbiter.contention(lease, now)
+        contended, outranked = lease_service.arbiter.ageing.contention(lease, now)
         return LeaseRenewed(
             lease_id=lease.lease_id,
             expires_in_s=max(0.0, lease.expires_at - now),

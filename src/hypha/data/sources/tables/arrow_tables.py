@@ -18,8 +18,8 @@ import pyarrow.parquet
 from hypha.data.columns import listed, rows_a_block, rows_from
 from hypha.data.options import PrepareOptions
 from hypha.data.sources.splits import choose
-from hypha.data.sources.tables.arrow_columns import is_list, is_text, storage_of
-from hypha.data.sources.tables.tables import Batch, other_columns
+from hypha.data.sources.tables.arrow_columns import is_list, is_text, plain, storage_of
+from hypha.data.sources.tables.tables import Batch, Table, other_columns
 from hypha.errors import InputUnusable
 
 #: Rows read at a time, before their size is known to ask for fewer.
@@ -31,14 +31,13 @@ _INDEX = re.compile(r"__index_level_\d+__$")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
 
 
-class ParquetTable:
+class ParquetTable(Table):
     """Parquet files with the same columns. Their order may differ, and how wide their numbers are. ``keep``
     are columns that somebody asked for by name.
     """
 
     def __init__(self, files: list[Path], keep: Collection[str] = ()) -> None:
         self._files = files
-        self.notes: list[str] = []
         schema: Any = None
         for path in files:
             try:
@@ -49,18 +48,15 @@ class ParquetTable:
             if _compared(found) != _compared(schema):
                 raise other_columns(path, _typed(found), files[0], _typed(schema))
         index = [name for name in schema.names if _INDEX.match(name) and name not in keep]
-        self.names: list[str] = [name for name in schema.names if name not in index]
+        types = {field.name: storage_of(field.type) for field in schema if field.name not in index}
+        super().__init__(types, types)
         if index:
-            self.notes.append(
+            self._notes.append(
                 f"{listed(index)} is the index of a pandas data frame and is left out; --column {index[0]} "
                 "takes it"
             )
-        self.types: Mapping[str, Any] = {
-            field.name: storage_of(field.type) for field in schema if field.name not in index
-        }
-        self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
         features = _features(schema)
-        self.labels: Mapping[str, tuple[str, ...]] = _class_names(features)
+        self.labels = _class_names(features)
         images = _of_class(features, "Image")
         self.images = frozenset(
             name
@@ -81,17 +77,25 @@ class ParquetTable:
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         for path in self._files:
-            start = 0
-            try:
-                with pyarrow.parquet.ParquetFile(path) as file:
-                    row_bytes = _parquet_row_bytes(file.metadata)
-                    rows = min(MAX_ROWS, rows_a_block(row_bytes))
-                    for part in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
-                        columns = {name: part.column(name) for name in names}
-                        yield Batch(str(path), columns, rows_from(str(path), start))
-                        start += part.num_rows
-            except (pa.ArrowException, OSError) as exc:
-                raise InputUnusable(f"{path}, after row {start}: {exc}; is the file whole?") from exc
+            yield from _batches(path, names, self._parts(path, names))
+
+    def _parts(self, path: Path, names: list[str]) -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            about = file.metadata
+            size = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
+            rows = min(MAX_ROWS, rows_a_block(size // max(1, about.num_rows)))
+            yield from file.iter_batches(batch_size=rows, columns=names, use_threads=False)
+
+
+def _batches(path: Path, names: list[str], parts: Iterator[Any]) -> Iterator[Batch]:
+    start = 0
+    try:
+        for part in parts:
+            columns = {name: plain(part.column(name)) for name in names}
+            yield Batch(str(path), columns, rows_from(str(path), start))
+            start += part.num_rows
+    except (pa.ArrowException, OSError) as exc:
+        raise InputUnusable(f"{path}, after row {start}: {exc}; is it whole?") from exc
 
 
 def _is_pair(kind: Any) -> bool:
@@ -148,34 +152,21 @@ def _typed(schema: Any) -> list[str]:
     return [f"{field.name} {field.type}" for field in schema]
 
 
-def _parquet_row_bytes(metadata: Any) -> int:
-    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return int(size // max(1, metadata.num_rows))
-
-
-class SavedTable:
+class SavedTable(Table):
     def __init__(self, path: Path, dataset: Any, notes: list[str]) -> None:
+        schema = dataset.features.arrow_schema
+        super().__init__(
+            dataset.column_names, {field.name: storage_of(field.type) for field in schema}, notes
+        )
         self._path = path
         self._dataset = dataset.with_format("arrow")
-        self.notes = notes
-        self.names: list[str] = list(dataset.column_names)
-        schema = dataset.features.arrow_schema
-        self.types: Mapping[str, Any] = {field.name: storage_of(field.type) for field in schema}
-        self.labels: Mapping[str, tuple[str, ...]] = _class_names(dataset.features)
+        self.labels = _class_names(dataset.features)
         self.images = frozenset(_of_class(dataset.features, "Image"))
-        self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         chosen = self._dataset.select_columns(names)
         step = min(MAX_ROWS, rows_a_block(int(self._dataset.data.nbytes) // max(1, len(self._dataset))))
-        start = 0
-        try:
-            for part in chosen.iter(batch_size=step):
-                columns = {name: part.column(name).combine_chunks() for name in names}
-                yield Batch(str(self._path), columns, rows_from(str(self._path), start))
-                start += part.num_rows
-        except (pa.ArrowException, OSError) as exc:
-            raise InputUnusable(f"{self._path}, after row {start}: {exc}; is the dataset whole?") from exc
+        yield from _batches(self._path, names, chosen.iter(batch_size=step))
 
 
 def saved_dataset(options: PrepareOptions) -> SavedTable:

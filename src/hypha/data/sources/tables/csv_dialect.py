@@ -7,27 +7,21 @@ the same number of fields, and the most numbers.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import io
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from hypha.data.columns import listed
 from hypha.data.options import PrepareOptions
-from hypha.data.sources.reading import BROKEN, data_suffix, encoding_of, head_of, not_in_encoding, open_text
+from hypha.data.sources.reading import data_suffix, encoding_of, head_of, not_in_encoding
 from hypha.data.sources.tables.csv_numbers import looks_numeric
 from hypha.errors import InputUnusable
 
 DELIMITERS = (",", ";", "\t", "|")
-_NAMES = {",": "a comma", ";": "a semicolon (;)", "\t": "a tab", "|": "a pipe (|)", " ": "a space"}
+DELIMITER_NAMES = {",": "a comma", ";": "a semicolon (;)", "\t": "a tab", "|": "a pipe (|)", " ": "a space"}
 _SAMPLE_RECORDS = 500
-#: A field may be a whole text; Python's reader of CSV refuses more than this, 128 KiB if not told otherwise.
-_FIELD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,6 @@ class Dialect:
     names: tuple[str, ...]
     leading: int
     notes: tuple[str, ...] = ()
-    #: whether blanks stand before quotation marks, which pyarrow does not know
-    spaced: bool = False
 
 
 def find_dialect(path: Path, options: PrepareOptions) -> Dialect:
@@ -76,10 +68,9 @@ def find_dialect(path: Path, options: PrepareOptions) -> Dialect:
     if guessed and len(names) == 1:
         notes.append(f"{path.name}: no delimiter is found, it has one column; --delimiter gives one")
     elif guessed and delimiter != usual:
-        sign = _NAMES[delimiter]
+        sign = DELIMITER_NAMES[delimiter]
         notes.append(f"{path.name}: the delimiter is {sign}, by its content; --delimiter gives another")
-    spaced = re.search(rf'(^|{re.escape(delimiter)}) +"', text, re.MULTILINE) is not None
-    return Dialect(delimiter, encoding, names, leading, tuple(notes + told), spaced)
+    return Dialect(delimiter, encoding, names, leading, tuple(notes + told))
 
 
 def _names(path: Path, row: list[str], header: bool) -> tuple[tuple[str, ...], list[str]]:
@@ -107,13 +98,12 @@ def _names(path: Path, row: list[str], header: bool) -> tuple[tuple[str, ...], l
 
 def _records(text: str, delimiter: str, whole: bool) -> list[list[str]]:
     """The first records that are no empty lines, as far as they can be read; whole ones only."""
-    found = []
-    csv.field_size_limit(_FIELD_BYTES)
+    csv.field_size_limit(len(text))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         found = [row for row in islice(reader, _SAMPLE_RECORDS + 1) if row]
     except csv.Error:
-        return found
+        return []
     if not whole and len(found) <= _SAMPLE_RECORDS and len(found) > 1:
         found.pop()
     return found[:_SAMPLE_RECORDS]
@@ -144,98 +134,3 @@ def _sniff(text: str, whole: bool, usual: str, header: bool) -> str:
         ]
         return once[0] if once else usual
     return chosen or nearly[1]
-
-
-class Rewritten(io.RawIOBase):
-    """A CSV file in UTF-8 without blanks before its fields. Reading raises as :func:`open_text` does."""
-
-    def __init__(self, file: io.TextIOWrapper, dialect: Dialect) -> None:
-        self._parts = _rewritten(file, dialect)
-        self._left = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left and (part := next(self._parts, None)) is not None:
-            self._left = part
-        count = min(len(buffer), len(self._left))
-        buffer[:count], self._left = self._left[:count], self._left[count:]
-        return count
-
-
-def _rewritten(file: io.TextIOWrapper, dialect: Dialect) -> Iterator[bytes]:
-    for _ in range(dialect.leading):
-        yield file.readline().encode()
-    reader = csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True)
-    while rows := list(islice(reader, _SAMPLE_RECORDS)):
-        written = io.StringIO(newline="")
-        csv.writer(written, delimiter=dialect.delimiter).writerows(rows)
-        yield written.getvalue().encode()
-
-
-@contextlib.contextmanager
-def _reader(path: Path, dialect: Dialect, strict: bool = False) -> Iterator[Any]:
-    """Of a file's records; its ``line_num`` leaves out the leading lines."""
-    with open_text(path, dialect.encoding) as file:
-        for _ in range(dialect.leading):
-            file.readline()
-        yield csv.reader(file, delimiter=dialect.delimiter, skipinitialspace=True, strict=strict)
-
-
-def line_of(path: Path, dialect: Dialect, header: bool, row: int) -> int | None:
-    """The line on which row ``row`` begins, both counted from 1; None when that cannot be told. Reads the
-    file.
-    """
-    wanted = row + (1 if header else 0)
-    try:
-        with _reader(path, dialect) as reader:
-            while True:
-                before: int = reader.line_num
-                if next(reader):
-                    wanted -= 1
-                if not wanted:
-                    return before + 1 + dialect.leading
-    except (*BROKEN, csv.Error, UnicodeDecodeError, StopIteration):
-        return None
-
-
-def unclosed(path: Path, dialect: Dialect) -> str | None:
-    """What is wrong where a quotation mark is never closed, so that the file's rest would be one field. Reads
-    the file.
-    """
-    start = 0
-    try:
-        with _reader(path, dialect, strict=True) as reader:
-            for _ in reader:
-                start = reader.line_num
-    except csv.Error as exc:
-        if "unexpected end of data" in str(exc):
-            return (
-                f"{path}, line {start + 1 + dialect.leading}: a quotation mark is opened here and not closed "
-                "up to the end of the file; correct that line"
-            )
-    except (*BROKEN, UnicodeDecodeError):
-        pass
-    return None
-
-
-def odd_line(path: Path, dialect: Dialect) -> str | None:
-    """What is wrong with the first record that has more or fewer fields than there are columns. Reads the
-    file.
-    """
-    before = 0
-    try:
-        with _reader(path, dialect) as reader:
-            for fields in reader:
-                if fields and len(fields) != len(dialect.names):
-                    return (
-                        f"{path}, line {before + 1 + dialect.leading}: it has {len(fields)} fields, the "
-                        f"first line {len(dialect.names)} ({listed(dialect.names)}); the delimiter is "
-                        f"{_NAMES.get(dialect.delimiter, dialect.delimiter)}. Correct that line, or give "
-                        "--delimiter"
-                    )
-                before = reader.line_num
-    except (*BROKEN, csv.Error, UnicodeDecodeError):
-        pass
-    return None

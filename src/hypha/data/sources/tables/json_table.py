@@ -5,7 +5,7 @@ first to see which type each column has.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,9 +15,8 @@ import pyarrow as pa
 
 from hypha.data.columns import RowName, listed
 from hypha.data.options import PrepareOptions
-from hypha.data.sources.reading import BROKEN, not_in_encoding, open_text
-from hypha.data.sources.tables.arrow_columns import is_text
-from hypha.data.sources.tables.tables import Batch
+from hypha.data.sources.reading import open_text
+from hypha.data.sources.tables.tables import Batch, Table
 from hypha.decoding import decode
 from hypha.errors import InputUnusable, Undecodable
 
@@ -26,17 +25,12 @@ BLOCK_CHARACTERS = 4 << 20
 Rows = tuple[list[dict[str, Any]], list[int]]
 
 
-class JsonTable:
-    labels: Mapping[str, tuple[str, ...]] = {}
-    images: frozenset[str] = frozenset()
-
+class JsonTable(Table):
     def __init__(self, files: list[Path], options: PrepareOptions) -> None:
         self._files = files
         self._options = options
-        self.notes: list[str] = []
-        self.types: Mapping[str, Any] = self._find_types()
-        self.names = list(self.types)
-        self.texts = frozenset(name for name, kind in self.types.items() if is_text(kind))
+        types = self._find_types()
+        super().__init__(types, types)
 
     def batches(self, names: list[str]) -> Iterator[Batch]:
         for path in self._files:
@@ -74,20 +68,15 @@ class JsonTable:
         return found
 
     def _read(self, path: Path) -> Iterator[Rows]:
-        try:
-            with open_text(path, self._options.encoding) as file:
-                line, first = 1, file.read(1)
-                while first.isspace():
-                    line += first == "\n"
-                    first = file.read(1)
-                if first == "[":
-                    yield from _of_list(path, first + file.read())
-                elif first:
-                    yield from _of_lines(path, first, file, line)
-        except UnicodeDecodeError as exc:
-            raise not_in_encoding(path, self._options.encoding) from exc
-        except BROKEN as exc:
-            raise InputUnusable(f"{path} cannot be read: {exc}; is it whole?") from exc
+        with open_text(path, self._options.encoding) as file:
+            line, first = 1, file.read(1)
+            while first.isspace():
+                line += first == "\n"
+                first = file.read(1)
+            if first == "[":
+                yield from _of_list(path, first + file.read())
+            elif first:
+                yield from _of_lines(path, first, file, line)
 
 
 def _decoded(text: str) -> Any:

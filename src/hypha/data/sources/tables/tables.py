@@ -6,11 +6,12 @@ must have the same columns. Blocks are read one by one, so tables of any size wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +22,10 @@ from hypha.data.options import PrepareOptions
 from hypha.data.slices import Array
 from hypha.data.sources.tables.arrow_columns import (
     is_list,
+    is_text,
     longest,
     makes_tensor,
     padded,
-    plain,
     refuse_missing,
     to_array,
 )
@@ -43,6 +44,8 @@ NAMED_ROWS = 3
 
 @dataclass(frozen=True)
 class Batch:
+    """Some rows of a file; each column is one array without dictionary encoding or extension types."""
+
     file: str
     columns: dict[str, Any]
     row: RowName
@@ -61,23 +64,28 @@ class Batch:
         return Batch(self.file, columns, lambda index: self.row(int(numbers[index])))
 
 
-class Table(Protocol):
-    """Rows in batches, of the columns ``names``."""
+class Table(ABC):
+    """Rows in batches, of the columns ``names``. Their Arrow ``types`` are known, but for images and for
+    those that cannot be read.
+    """
 
-    names: list[str]
-    #: their Arrow types, where the table has such by itself
-    types: Mapping[str, Any]
-    #: those which are text
-    texts: frozenset[str]
     #: those which are images: the content of files, or structs of ``bytes`` and ``path``
-    images: frozenset[str]
+    images: frozenset[str] = frozenset()
     #: names that the table itself knows for the ids in a column
-    labels: Mapping[str, tuple[str, ...]]
+    labels: Mapping[str, tuple[str, ...]] = {}
+
+    def __init__(self, names: Iterable[str], types: Mapping[str, Any], notes: Iterable[str] = ()) -> None:
+        self.names = list(names)
+        self.types = types
+        self.texts = frozenset(name for name, kind in types.items() if is_text(kind))
+        self._notes = list(notes)
 
     @property
     def notes(self) -> list[str]:
         """What was chosen or guessed; complete after the last batch."""
+        return self._notes
 
+    @abstractmethod
     def batches(self, names: list[str]) -> Iterator[Batch]:
         """These columns of all rows."""
 
@@ -101,7 +109,7 @@ class Gaps:
 
     def without(self, batch: Batch) -> Batch:
         """The batch with values filled in, and without the rows that are left out."""
-        columns = {name: plain(column) for name, column in batch.columns.items()}
+        columns = dict(batch.columns)
         for name in self._fill.keys() & columns.keys():
             columns[name] = _filled(columns[name], name, self._fill[name])
         batch = Batch(batch.file, columns, batch.row)
@@ -244,7 +252,7 @@ class TableSource:
         found = dict.fromkeys(names, 0)
         for batch in self._table.batches(names) if names else ():
             for name in names:
-                found[name] = max(found[name], longest(plain(batch.columns[name])))
+                found[name] = max(found[name], longest(batch.columns[name]))
         for name, length in found.items():
             self._own_notes.append(
                 f"lists of column {name!r} are padded with {self._options.pad[name]:g} to {length} values, "

@@ -24,7 +24,7 @@ from hypha.worker.leasing.events import ArbiterAction, ArbiterEvent, OfferFailed
 from hypha.worker.leasing.terms import WorkerCapacity
 
 if TYPE_CHECKING:
-    from tests.scheduler.market.scheduler import MarketScheduler
+    from tests.market.scheduler import MarketScheduler
 
 TRAIN = ExecutorDescriptor(kind="train", name="t")
 AGGREGATE = ExecutorDescriptor(kind="aggregate", name="a")

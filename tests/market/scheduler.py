@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from tests.scheduler.market.market import AGGREGATE, TRAIN, Market, checked_journal
+from tests.market.market import AGGREGATE, TRAIN, Market, checked_journal
 
 from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
 from hypha.rules.leases import Denied, Granted, Release, Tick
@@ -244,7 +244,7 @@ class MarketScheduler:
             for action in worker.tell(RenewAsked(lease_id, self.name)):
                 if isinstance(action, Granted):
                     left_s = action.lease.expires_at - self.market.now
-                    contention = worker.arbiter.contention(action.lease, self.market.now)
+                    contention = worker.arbiter.ageing.contention(action.lease, self.market.now)
                     self.market.travel(partial(answer, Renewed(left_s), contention))
                 elif isinstance(action, Denied):
                     self.market.travel(partial(answer, RenewalRefused(action.code, action.reason)))

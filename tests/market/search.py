@@ -1,8 +1,8 @@
 """Random markets by seed: who competes for which workers on what terms, who dies, and what must come of it.
 
-``python -m tests.scheduler.market.search`` runs thousands. In each, nothing may be booked twice, every lease
-must end with its job or its scheduler, and every job that could be served must be, though others, with
-higher bids, come back for more all the time until it is.
+``python -m tests.market.search`` (``make market``) runs thousands. In each, nothing may be booked twice,
+every lease must end with its job or its scheduler, and every job that could be served must be, though others,
+with higher bids, come back for more all the time until it is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from functools import partial
 from random import Random
 
 from msgspec import Struct
-from tests.scheduler.market.market import Market, MarketWorker
-from tests.scheduler.market.scheduler import MarketJob, MarketScheduler, Purse
+from tests.market.market import Market, MarketWorker
+from tests.market.scheduler import MarketJob, MarketScheduler, Purse
 
 from hypha.config.offers import AffinityConfig, OfferConfig, UtilizationConfig
 from hypha.messages import Resources
@@ -250,15 +250,10 @@ def search_markets(first: int, count: int, processes: int, tell: Callable[[str],
     return failed
 
 
-def main() -> int:
-    """The exit code is 1 when a market failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.market.search")
     parser.add_argument("--seeds", type=int, default=100, help="how many random markets")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
-    return 1 if search_markets(options.first, options.seeds, options.processes, print) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(1 if search_markets(options.first, options.seeds, options.processes, print) else 0)
