@@ -29,11 +29,10 @@ from hypha.messages import (
     UpdateStatistics,
 )
 from hypha.scheduler.data.slices import SliceTracker
-from hypha.scheduler.descriptions import Descriptions, without_secrets
+from hypha.scheduler.descriptions import described
 from hypha.scheduler.durable.database import left_behind
 from hypha.scheduler.durable.ledger import Ledger, Standing, export_ledger, open_ledger, read_ledger
 from hypha.scheduler.leasing.events import LeaseGained
-from hypha.scheduler.rounds.policy import Start
 
 MANIFEST = Manifest(name="d", columns=(), slices=(SliceInfo(file="a", samples=4, size=1, blake3="00"),))
 
@@ -44,13 +43,8 @@ def opening() -> Standing:
         dataset=DatasetRef(dataset="d"),
         output="out",
     )
-    descriptions = Descriptions(config, Start("job-1"), PeerRef(peer="s", addresses=("/ip4/1.2.3.4",)))
-    return Standing(
-        job_id="job-1",
-        train=without_secrets(descriptions.train("w", PeerRef(peer="p"), 8)),
-        aggregate=without_secrets(descriptions.aggregate("p", None)),
-        manifest_hash="h",
-    )
+    train, aggregate = described(config, PeerRef(peer="s", addresses=("/ip4/1.2.3.4",)), "job-1")
+    return Standing(job_id="job-1", train=train, aggregate=aggregate, manifest_hash="h")
 
 
 def entry(round_: int, generation: int = 0, workers: str = "ab") -> LedgerRound:

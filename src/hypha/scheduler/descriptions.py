@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 
@@ -54,8 +53,6 @@ _LABELS = ("labels", "label")
 MAX_CLASS_NAMES_BYTES = 128 << 10
 
 logger = logging.getLogger(__name__)
-
-JobT = TypeVar("JobT", TrainJob, AggregateJob)
 
 
 def resources_of(config: ResourcesConfig) -> Resources:
@@ -274,32 +271,14 @@ class Descriptions:
 def described(
     config: JobConfig, scheduler: PeerRef, job_id: str, began: OuterOptimizer | None = None
 ) -> tuple[TrainJob, AggregateJob]:
-    """The job descriptions that executors get, but for what is different for each, and for secrets; ``began``
-    is the outer optimizer that the job had so far.
+    """The job descriptions that executors get, for the ledger: without tokens, and without what differs by
+    worker, generation and place. ``began`` is the outer optimizer that the job had so far.
     """
-    descriptions = Descriptions(config, Start(job_id, optimizer=outer_optimizer(config, began)), scheduler)
-    train, aggregate = descriptions.train("", PeerRef(peer=""), 0), descriptions.aggregate("", None)
-    return without_secrets(train), without_secrets(aggregate)
-
-
-def without_secrets(job: JobT) -> JobT:
-    """The description without tokens and without what differs by generation and place, for the ledger."""
-    nobody = PeerRef(peer=job.scheduler.peer)
-    replace = msgspec.structs.replace
-    model = replace(job.model, source=_anonymous(job.model.source, nobody))
-    preprocessor = job.preprocessor
+    model, preprocessor = config.model.model_copy(update={"token": None}), config.preprocessor
     if preprocessor is not None:
-        source = _anonymous(preprocessor.source, nobody)
-        preprocessor = replace(preprocessor, source=source) if source is not None else preprocessor
-    plain = replace(job, me="", generation=0, scheduler=nobody, model=model, preprocessor=preprocessor)
-    if isinstance(plain, TrainJob):
-        return replace(plain, batch_size=0, steps=0, hang_s=None, parameter_server=PeerRef(peer=""))
-    return replace(plain, round=0, restore=None)
-
-
-def _anonymous(source: Reference | None, scheduler: PeerRef) -> Reference | None:
-    if isinstance(source, HuggingFace):
-        return msgspec.structs.replace(source, token=None)
-    if isinstance(source, Peers):
-        return msgspec.structs.replace(source, peers=(scheduler,))
-    return source
+        preprocessor = preprocessor.model_copy(update={"token": None})
+    resources = config.resources.model_copy(update={"hang_s": None})
+    plain = config.model_copy(update={"model": model, "preprocessor": preprocessor, "resources": resources})
+    start = Start(job_id, optimizer=outer_optimizer(config, began))
+    descriptions = Descriptions(plain, start, PeerRef(peer=scheduler.peer))
+    return descriptions.train("", PeerRef(peer=""), 0), descriptions.aggregate("", None)

@@ -9,9 +9,8 @@ on the parameter server may last, its theta is the newest there is, and the job 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from msgspec import Struct
 
@@ -80,7 +79,11 @@ async def first_generation(
             other = differences(goes_on, standing)
             extended = config.rounds.update_rounds > applied
             if other and applied and (standing.state != "done" or extended):
-                raise _another(other, state.path)
+                advice = (
+                    f"the job in {state.path} is another one; undo the change to go on with it, give this "
+                    "job another name, or start anew with --fresh (what is there is kept aside)"
+                )
+                raise ConfigError([Problem("scheduler.job", text) for text in (advice, *other)])
             if not other:
                 if standing.state == "done" and extended:
                     logger.info(
@@ -153,14 +156,6 @@ def differences(now: Standing, before: Standing) -> list[str]:
         *_differences("the dataset's manifest hash", before.manifest_hash, now.manifest_hash),
     ]
     return list(dict.fromkeys(f"{path} is {new!r} now and was {old!r}" for path, old, new in found))
-
-
-def _another(found: Iterable[str], place: Path) -> ConfigError:
-    advice = (
-        f"the job in {place} is another one; undo the change to go on with it, give this job another name, "
-        "or start anew with --fresh (what is there is kept aside)"
-    )
-    return ConfigError([Problem("scheduler.job", text) for text in (advice, *found)])
 
 
 def _differences(path: str, before: object, now: object) -> Iterator[tuple[str, object, object]]:
