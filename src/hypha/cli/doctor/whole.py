@@ -19,7 +19,14 @@ from hypha.cli.doctor.gathered import Contact, IdentityObservations, Observation
 from hypha.cli.doctor.gathering import Gathering, at_once, nothing
 from hypha.cli.doctor.gathering.machine import gather_identity, gather_machine, gather_served, parameters_of
 from hypha.cli.doctor.gathering.network import gather_network
-from hypha.cli.doctor.judging.job import judge_dataset, judge_job, judge_offers, judge_running, judge_served
+from hypha.cli.doctor.judging.job import (
+    capacity_of,
+    judge_dataset,
+    judge_job,
+    judge_offers,
+    judge_running,
+    judge_served,
+)
 from hypha.cli.doctor.judging.machine import judge_identity, judge_machine, judge_versions
 from hypha.cli.doctor.judging.network import judge_network
 from hypha.cli.doctor.subject import Subject
@@ -110,7 +117,7 @@ def _all(subject: Subject, observed: Observations, line: float | None) -> Iterat
         gateways = observed.network.gateways if observed.network is not None else ()
         yield from judge_job(job, observed.parameters, gateways)
         if isinstance(config, WorkerConfig):
-            yield from judge_offers(config, job, observed.machine.has)
+            yield from judge_offers(capacity_of(config, observed.machine.has), config.offer, job)
     for one in observed.unknown:
         yield checks.NOT_CHECKED.found(f"{one.what} could not be found out: {one.why.rstrip('.')}")
 

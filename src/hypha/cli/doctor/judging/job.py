@@ -19,8 +19,8 @@ from hypha.cli.doctor.gathered import Contact, DatasetObservations, Provider, Ru
 from hypha.cli.doctor.judging.machine import offered_by
 from hypha.config.job import JobConfig
 from hypha.config.models import WorkerConfig
-from hypha.features import OURS, Abilities
-from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources, WorkerOffer
+from hypha.config.offers import OfferConfig
+from hypha.messages import ExecutorClass, ExecutorDescriptor, PeerRef, Resources
 from hypha.rules.leases import Tick
 from hypha.rules.resources import TOLERANCE
 from hypha.scheduler.descriptions import searches_of
@@ -206,72 +206,55 @@ class OfferOutcome:
     once_raised: bool = False
 
 
-def try_offers(
-    worker: WorkerConfig, job: JobConfig, machine: DetectedMachine | None = None, abilities: Abilities = OURS
-) -> tuple[OfferOutcome, OfferOutcome]:
-    """For a training executor, and for a parameter server; ``machine`` bounds what the worker offers, where
-    it is known, and ``abilities`` are those of its version. Raises ConfigError for a job that is none.
-    """
-    first, second = (_best(worker, job, ask, machine, abilities) for ask in searches_of(job))
-    return first, second
-
-
-def _best(
-    worker: WorkerConfig, job: JobConfig, ask: Search, machine: DetectedMachine | None, abilities: Abilities
-) -> OfferOutcome:
-    """At the job's bid, else at what it raises that to while nobody comes."""
-    outcome = _outcome(worker, job, ask, machine, abilities)
-    if outcome.term != "price" or ask.raise_after_s is None or not ask.max_price > ask.bid:
-        return outcome
-    later = _outcome(worker, job, structs.replace(ask, bid=ask.max_price), machine, abilities)
-    return outcome if later.term is not None else replace(outcome, once_raised=True)
-
-
-def _outcome(
-    worker: WorkerConfig, job: JobConfig, ask: Search, machine: DetectedMachine | None, abilities: Abilities
-) -> OfferOutcome:
-    pace = SearchTimes(offer_deadline_s=job.resources.offer_deadline_s)
-    allocator = Allocator((ask,), pace)
-    (published,) = (one for one in allocator.handle(Want(ask.kind, 1), 0.0) if isinstance(one, Advertise))
+def capacity_of(worker: WorkerConfig, machine: DetectedMachine | None = None) -> WorkerCapacity:
+    """What a worker of this version offers; ``machine`` bounds it, where it is known."""
     offered, _ = offered_by(worker, machine)
-    arbiter = Arbiter(
-        WorkerCapacity(
-            offered,
-            [ExecutorDescriptor(kind=one.kind, name=one.name) for one in worker.executors],
-            () if machine is None else memory_of_each(machine.gpus, offered.gpu),
-            abilities,
-        ),
-        worker.offer,
-        lambda: _WORKER,
-    )
+    executors = [ExecutorDescriptor(kind=one.kind, name=one.name) for one in worker.executors]
+    gpus = () if machine is None else memory_of_each(machine.gpus, offered.gpu)
+    return WorkerCapacity(offered, executors, gpus)
+
+
+def try_offers(capacity: WorkerCapacity, terms: OfferConfig, job: JobConfig) -> list[OfferOutcome]:
+    """For a training executor, and for a parameter server: at the job's bid, else at what it raises that to
+    while nobody comes. Raises ConfigError for a job that is none.
+    """
+    pace = SearchTimes(offer_deadline_s=job.resources.offer_deadline_s)
+    outcomes = []
+    for ask in searches_of(job):
+        outcome = _outcome(capacity, terms, ask, pace)
+        if outcome.term == "price" and ask.raise_after_s is not None and ask.max_price > ask.bid:
+            later = _outcome(capacity, terms, structs.replace(ask, bid=ask.max_price), pace)
+            outcome = replace(outcome, once_raised=later.term is None)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _outcome(capacity: WorkerCapacity, terms: OfferConfig, ask: Search, pace: SearchTimes) -> OfferOutcome:
+    allocator, arbiter = Allocator((ask,), pace), Arbiter(capacity, terms, lambda: _WORKER)
+    (published,) = (one for one in allocator.handle(Want(ask.kind, 1), 0.0) if isinstance(one, Advertise))
     request = published.request(_SCHEDULER)
     decided = [
         *arbiter.handle(RequestReceived(_SCHEDULER.peer, request), 0.0),
-        *arbiter.handle(Tick(), min(worker.offer.request_window_s, request.offer_within_s / 2)),
+        *arbiter.handle(Tick(), min(terms.request_window_s, request.offer_within_s / 2)),
     ]
     for one in decided:
         if isinstance(one, Ignored):
             return OfferOutcome(ask, one.cause, one.reason)
-        if isinstance(one, SendOffer):
-            return _considered(allocator, ask, one.offer)
-    return OfferOutcome(ask, "other", "it makes no offer")
-
-
-def _considered(allocator: Allocator, ask: Search, offer: WorkerOffer) -> OfferOutcome:
-    for one in allocator.handle(Offered(_WORKER.peer, offer), 0.1):
-        if isinstance(one, Decline):
-            reason = one.reason
-            if one.cause == "price":
+    offer = next((one.offer for one in decided if isinstance(one, SendOffer)), None)
+    if offer is None:
+        return OfferOutcome(ask, "other", "it makes no offer")
+    for answer in allocator.handle(Offered(_WORKER.peer, offer), 0.1):
+        if isinstance(answer, Decline):
+            reason = answer.reason
+            if answer.cause == "price":
                 reason = f"its price is {offer.price:g}, and the job pays {ask.max_price:g} at most"
-            return OfferOutcome(ask, one.cause, reason, "scheduler")
+            return OfferOutcome(ask, answer.cause, reason, "scheduler")
     return OfferOutcome(ask)
 
 
-def judge_offers(
-    worker: WorkerConfig, job: JobConfig, machine: DetectedMachine | None = None, abilities: Abilities = OURS
-) -> Iterator[Finding]:
+def judge_offers(capacity: WorkerCapacity, terms: OfferConfig, job: JobConfig) -> Iterator[Finding]:
     """Which term fails, for both classes of executors; a worker need not be good for both."""
-    outcomes = try_offers(worker, job, machine, abilities)
+    outcomes = try_offers(capacity, terms, job)
     good = any(one.term is None or one.once_raised for one in outcomes)
     for outcome in outcomes:
         if outcome.term is None:
@@ -279,50 +262,49 @@ def judge_offers(
         severity: Severity = "error"
         if good:
             severity = "note" if outcome.term == "executor" or outcome.once_raised else "warning"
-        yield _finding(worker, job, outcome, severity, offered_by(worker, machine)[0])
+        yield _finding(capacity.total, terms, job, outcome, severity)
     deadline_s = job.resources.offer_deadline_s
-    if good and worker.offer.temporary_lease_s < deadline_s + _JOURNEYS_S:
+    if good and terms.temporary_lease_s < deadline_s + _JOURNEYS_S:
         yield checks.LEASE_SHORT.found(
-            f"offer.temporary_lease_s is {worker.offer.temporary_lease_s:g} s, and the job collects offers "
+            f"offer.temporary_lease_s is {terms.temporary_lease_s:g} s, and the job collects offers "
             f"for {deadline_s:g} s before it takes one",
             f"set offer.temporary_lease_s to at least {deadline_s + 4 * _JOURNEYS_S:g} (the default is 5)",
         )
 
 
 def _finding(
-    worker: WorkerConfig, job: JobConfig, outcome: OfferOutcome, severity: Severity, offered: Resources
+    offered: Resources, terms: OfferConfig, job: JobConfig, outcome: OfferOutcome, severity: Severity
 ) -> Finding:
     ask, kind = outcome.ask, outcome.ask.kind
     term, role = outcome.term or "other", _ROLES[outcome.ask.kind]
     what = f"this worker would not {_TASKS[kind]} for {job.name!r}: {outcome.reason}"
     mend = None
     if term == "resources":
-        short = list(_short(ask.resources, offered))
+        amounts = {
+            name: (getattr(ask.resources, name), getattr(offered, name)) for name in offered.__struct_fields__
+        }
+        short = {name: pair for name, pair in amounts.items() if pair[0] > pair[1] + TOLERANCE}
         if short:
-            what += f" ({'; '.join(words for _, words in short)})"
-            names = " and ".join(name for name, _ in short)
+            words = (
+                f"{name}: {asked:g} is asked for, {there:g} offered" for name, (asked, there) in short.items()
+            )
+            what += f" ({'; '.join(words)})"
+            names = " and ".join(short)
             mend = f"raise {names} in the worker's [resources], or lower it in scheduler.job.resources.{role}"
     elif term == "price":
         bid, price = ask.bid, f"scheduler.job.resources.{role}_price"
         if outcome.by == "worker":
             what += f" and the job bids {bid:g}"
-            mend = f"lower offer.floor to {bid:g}, or raise {price}.bid to {worker.offer.floor:g}"
-            if bid >= worker.offer.floor:
+            mend = f"lower offer.floor to {bid:g}, or raise {price}.bid to {terms.floor:g}"
+            if bid >= terms.floor:
                 mend = f"lower offer.price to {bid:g}, set offer.counter = true, or raise {price}.bid"
             if outcome.once_raised:
                 what += f"; it will, once the job has raised its bid towards {ask.max_price:g}"
         else:
-            mend = f"lower offer.price to {ask.max_price:g}, or raise {price}.max to {worker.offer.price:g}"
+            mend = f"lower offer.price to {ask.max_price:g}, or raise {price}.max to {terms.price:g}"
     elif term == "executor":
         mend = (
             f'add an [[executors]] entry with class = "{kind}" and name = "{ask.executor.name}", or correct '
             f"scheduler.job.resources.{role}_executor"
         )
     return _TERMS.get(term, checks.OFFER_RESOURCES).found(what, mend, severity)
-
-
-def _short(asked: Resources, offered: Resources) -> Iterator[tuple[str, str]]:
-    for name in ("cpu", "memory", "gpu", "storage"):
-        wanted, there = getattr(asked, name), getattr(offered, name)
-        if wanted > there + TOLERANCE:
-            yield name, f"{name}: {wanted:g} is asked for, {there:g} offered"
