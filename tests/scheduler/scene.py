@@ -73,7 +73,7 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.now = 100.0
-        self.goodput = Goodput(self.places, self.now)
+        self.goodput = Goodput(self.places, self.now, lambda: self.machine)
         self.news: list[GoodputNews] = []
         self.journal = Journal(checked=True)
         self.journal.listeners.append(self._listen)

@@ -434,10 +434,3 @@ def test_an_unknown_reason_is_found() -> None:
     scene.goodput.places[1].turn("idling", 105_000_000_000)
     with pytest.raises(AssertionError, match="no reasons"):
         scene.at(6).feed(TimePassed())
-
-
-def test_a_member_that_was_missed_is_found() -> None:
-    scene = Scene().opened()
-    scene.goodput._members.pop("b")
-    with pytest.raises(AssertionError, match="are not"):
-        scene.at(6).feed(TimePassed())

@@ -119,11 +119,14 @@ class _Failure:
 
 
 class Recoveries:
-    """Times are nanoseconds since the same moment as ``began``."""
+    """Times are nanoseconds since the same moment as ``began``. ``news`` grows until whoever reads it has
+    emptied it.
+    """
 
     def __init__(self, began: int) -> None:
         self._began = began
         self._failures: deque[_Failure] = deque(maxlen=_TOLD)
+        self.news: list[GoodputNews] = []
 
     @property
     def told(self) -> tuple[Recovery, ...]:
@@ -132,31 +135,27 @@ class Recoveries:
 
     def failed(
         self, place: GoodputPlace | None, peer: str, reason: FailureReason, sign: int, now: int
-    ) -> list[GoodputNews]:
+    ) -> None:
         """What was at ``place`` gave its last sign of life at ``sign``, and that it is lost was noticed."""
         kind: ExecutorClass = "aggregate" if place is None else "train"
         detect_s = (now - sign) / 1e9
         recovery = Recovery(kind, peer, reason, (now - self._began) / 1e9, detect_s)
         self._failures.append(_Failure(place, now, recovery))
-        return [FailureNoticed(kind, reason), RecoveryStep("detect", detect_s)]
+        self.news += [FailureNoticed(kind, reason), RecoveryStep("detect", detect_s)]
 
-    def replaced(self, place: GoodputPlace | None, now: int) -> list[GoodputNews]:
+    def replaced(self, place: GoodputPlace | None, now: int) -> None:
         """Somebody trains at ``place`` again."""
-        found: list[GoodputNews] = []
         for one in self._failures:
             if one.place == place and one.told.replace_s is None:
                 seconds = (now - one.at) / 1e9
                 one.told = msgspec.structs.replace(one.told, replace_s=seconds)
-                found.append(RecoveryStep("replace", seconds))
-        return found
+                self.news.append(RecoveryStep("replace", seconds))
 
-    def applied(self, contributing: set[GoodputPlace | None], now: int) -> list[GoodputNews]:
+    def applied(self, contributing: set[GoodputPlace | None], now: int) -> None:
         """A round was applied with the updates of these places; None stands for the parameter server."""
-        found: list[GoodputNews] = []
         for one in self._failures:
             known = one.told
             if one.place in contributing and known.replace_s is not None and known.catch_up_s is None:
                 seconds = (now - one.at) / 1e9
                 one.told = msgspec.structs.replace(known, catch_up_s=seconds)
-                found.append(RecoveryStep("catch-up", seconds))
-        return found
+                self.news.append(RecoveryStep("catch-up", seconds))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound, ModelReady, SendModel
@@ -18,6 +18,7 @@ from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
+from hypha.scheduler.rounds.state import RoundState
 from hypha.telemetry import instruments as metrics
 
 logger = logging.getLogger("hypha.scheduler")
@@ -27,15 +28,16 @@ _COUNT_S = 1.0
 
 
 class GoodputSignals:
-    """Of one run of a job that wants ``places`` workers and began at ``began``, of trio's clock. What fails
-    in here is logged once and ends nothing but the figures; where the machines of ``journal`` are checked, it
-    raises AssertionError.
+    """Of one run of a job that wants ``places`` workers and began at ``began``, of trio's clock; ``machine``
+    gives its present round machine, None before there is one. What fails in here is logged once and ends
+    nothing but the figures; where the machines of ``journal`` are checked, it raises AssertionError.
     """
 
-    def __init__(self, journal: Journal, places: int, began: float) -> None:
+    def __init__(
+        self, journal: Journal, places: int, began: float, machine: Callable[[], RoundState | None]
+    ) -> None:
         self._journal = journal
-        self._goodput = Goodput(places, began)
-        self._broken = False
+        self._goodput = Goodput(places, began, machine)
         self._counted_at = -math.inf
         self._good_s = 0.0
         self._bad_s: dict[str, float] = {}
@@ -48,28 +50,20 @@ class GoodputSignals:
         self._goodput.resume({entry.round: entry.samples for entry in rounds})
 
     def listen(self, entry: JournalEntry) -> None:
-        if self._broken:
-            return
-        try:
-            news = self._goodput.handle(entry)
-            if self._journal.checked:
-                self._goodput.validate()
-            for one in news:
-                match one:
-                    case FailureNoticed(kind=kind, reason=reason):
-                        metrics.FAILURES.add(kind=kind, reason=reason)
-                    case RecoveryStep(phase=phase, seconds=seconds):
-                        metrics.RECOVERY_DURATION.record(seconds, phase=phase)
-            if entry.machine == ROUNDS:
-                self._show(entry)
-        except Exception as exc:
-            if self._journal.checked:
-                raise
-            self._give_up(exc)
+        for one in self._goodput.handle(entry):
+            match one:
+                case FailureNoticed(kind=kind, reason=reason):
+                    metrics.FAILURES.add(kind=kind, reason=reason)
+                case RecoveryStep(phase=phase, seconds=seconds):
+                    metrics.RECOVERY_DURATION.record(seconds, phase=phase)
+        if self._journal.checked:
+            self._goodput.validate()
+        if entry.machine == ROUNDS:
+            self._show(entry)
 
     def report(self, now: float) -> GoodputReport | None:
         """As far as is known at ``now``; None when that has failed. The metrics follow it."""
-        if self._broken:
+        if self.listen not in self._journal.listeners:
             return None
         try:
             report = self._goodput.report(now)
@@ -77,7 +71,8 @@ class GoodputSignals:
             if now >= self._counted_at + _COUNT_S or self._goodput.ended:
                 self._count(now)
         except Exception as exc:  # noqa: BLE001 - the edge of a service: figures of a job must not end it
-            self._give_up(exc)
+            logger.error("Goodput is not known any more: %r", exc)
+            self._journal.leave(self.listen)
             return None
         return report
 
@@ -92,17 +87,12 @@ class GoodputSignals:
 
     def close(self) -> None:
         """Hear of nothing any more, and show nothing."""
-        if self.listen in self._journal.listeners:
-            self._journal.leave(self.listen)
+        self._journal.leave(self.listen)
         self._forget(self._shown)
         metrics.GOODPUT.forget()
         metrics.LOSS.forget()
         for kind in ("update", "theta"):
             metrics.ROUND_BYTES.forget(kind=kind)
-
-    def _give_up(self, exc: Exception) -> None:
-        self._broken = True
-        logger.error("Goodput is not known any more: %r", exc)
 
     def _show(self, entry: JournalEntry) -> None:
         if isinstance(entry.event, events.Told) and isinstance(entry.event.event, ModelReady):

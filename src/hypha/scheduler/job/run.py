@@ -162,7 +162,9 @@ class JobObserver:
             lambda: stage().machine,
             lambda: stage().dataset,
         )
-        self._goodput = GoodputSignals(context.journal, context.config.resources.num_workers, context.began)
+        self._goodput = GoodputSignals(
+            context.journal, context.config.resources.num_workers, context.began, lambda: stage().machine
+        )
         self._awaiting = Awaiting()
         self._services = ServiceVersions()
 
