@@ -25,6 +25,7 @@ from hypha.scheduler import JobResult
 from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
+from hypha.scheduler.rounds.events import Drop, LetGo, Told
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.simulation.configurations import JOB
@@ -176,7 +177,9 @@ class _Place(StateDirectory):
 
 
 class RoundWatch:
-    """Notes when rounds begin; :meth:`check` says which lasted longer than whatever was struck explains."""
+    """Notes when rounds begin; :meth:`check` says which lasted longer than whatever was struck explains, and
+    whether what was reported in another generation has ended somebody's part.
+    """
 
     #: an undisturbed round, the first one's loading and the export included
     PLAIN_S = 60.0
@@ -186,6 +189,8 @@ class RoundWatch:
 
     def __init__(self) -> None:
         self._began: list[tuple[float, int]] = []
+        self._members = 0
+        self._problems: list[str] = []
 
     def listen(self, entry: JournalEntry) -> None:
         if entry.machine != ROUNDS or isinstance(entry.state, str):
@@ -193,9 +198,15 @@ class RoundWatch:
         round_ = int(str(entry.state["round"]))
         if not self._began or self._began[-1][1] != round_:
             self._began.append((entry.at_s, round_))
+        before, self._members = self._members, int(str(entry.state["members"]))
+        event = entry.event
+        if isinstance(event, Told) and event.stamp.generation != entry.state["generation"]:
+            dropped = any(isinstance(action, Drop | LetGo) for action in entry.actions)
+            if self._members < before and not dropped:
+                self._problems.append(f"a report of generation {event.stamp.generation} ended a part")
 
     def check(self, struck: list[FaultOutcome], now: float) -> list[str]:
-        found = []
+        found = list(self._problems)
         ends = [*[began for began, _ in self._began[1:]], now]
         for (began, round_), end in zip(self._began, ends, strict=True):
             allowed_s = self.PLAIN_S

@@ -8,8 +8,9 @@ own cause: that is why a job waits for workers.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import trio
 
@@ -31,8 +32,6 @@ from hypha.telemetry.metrics import OTHER, Reading
 KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
 #: what the round machine counts besides messages
 _NO_MESSAGES = frozenset({"foreign slices", "lost samples"})
-#: of so many rounds it is known how many samples were counted: entries are completed soon or never
-_REMEMBERED_ROUNDS = 16
 
 
 class JobMetrics:
@@ -57,10 +56,8 @@ class JobMetrics:
         self._machine = machine
         self._dataset = dataset
         self._kinds: dict[str, ExecutorClass] = {}
-        #: leases: offered, accepted and not confirmed yet, held
-        self._offered: dict[str, str] = {}
-        self._accepted: dict[str, str] = {}
-        self._held: dict[str, str] = {}
+        #: leases: of which kind they are, and how far they have come
+        self._leases: dict[str, tuple[str, Literal["offered", "accepted", "held"]]] = {}
         #: why a held lease lapsed, until the allocator handles it
         self._lapsed: dict[str, str] = {}
         self._attempted: dict[str, float] = {}
@@ -68,7 +65,6 @@ class JobMetrics:
         self._short_since: dict[str, float] = {}
         #: the newest request of each worker for a slice
         self._asked: dict[str, tuple[str, int]] = {}
-        self._samples: OrderedDict[tuple[int, int], int] = OrderedDict()
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
 
     def note(self, entry: JournalEntry) -> None:
@@ -91,34 +87,35 @@ class JobMetrics:
                 self._kinds = {ask.request_id: ask.kind for ask in asks}
             case allocation.Offered(_, offer):
                 kind = self._kinds.get(offer.request_id, OTHER)
-            case allocation.Adopted(adopted_kind, lease_id, _):
-                self._held[lease_id] = adopted_kind
-            case allocation.Gained(lease_id) if lease_id in self._accepted:
-                self._held[lease_id] = gained = self._accepted.pop(lease_id)
-                metrics.OFFERS_RECEIVED.add(kind=gained, outcome="accepted")
+            case allocation.Adopted(adopted, lease_id, _):
+                self._leases[lease_id] = adopted, "held"
+            case allocation.Gained(lease_id):
+                gained, stage = self._leases.get(lease_id, (OTHER, "held"))
+                if stage == "accepted":
+                    self._leases[lease_id] = gained, "held"
+                    metrics.OFFERS_RECEIVED.add(kind=gained, outcome="accepted")
             case allocation.LeaseFailed(lease_id):
                 self._lost(lease_id)
         for action in entry.actions:
             match action:
                 case allocation.Keep(lease_id):
-                    if lease_id not in self._accepted and lease_id not in self._held:
-                        self._offered[lease_id] = kind
+                    self._leases.setdefault(lease_id, (kind, "offered"))
                 case allocation.Decline(_, _, _, cause):
                     metrics.OFFERS_RECEIVED.add(kind=kind, outcome=cause)
                 case allocation.Dismiss(lease_id, _, cause):
-                    offered = self._offered.pop(lease_id, OTHER)
+                    offered, _ = self._leases.pop(lease_id, (OTHER, ""))
                     metrics.OFFERS_RECEIVED.add(kind=offered, outcome=cause)
-                case allocation.Accept(accepted_kind, offer, _):
-                    self._offered.pop(offer.lease_id, None)
-                    self._accepted[offer.lease_id] = accepted_kind
+                case allocation.Accept(accepted, offer, _):
+                    self._leases[offer.lease_id] = accepted, "accepted"
         self._look_for_missing(entry)
 
     def _lost(self, lease_id: str) -> None:
         self._attempted.pop(lease_id, None)
         lapsed = self._lapsed.pop(lease_id, "dropped")
-        if (kind := self._accepted.pop(lease_id, None)) is not None:
+        kind, stage = self._leases.pop(lease_id, (OTHER, ""))
+        if stage == "accepted":
             metrics.OFFERS_RECEIVED.add(kind=kind, outcome="lost")
-        if (kind := self._held.pop(lease_id, None)) is not None:
+        elif stage == "held":
             metrics.LEASES_LOST.add(kind=kind, reason=lapsed)
 
     def _look_for_missing(self, entry: JournalEntry) -> None:
@@ -156,8 +153,11 @@ class JobMetrics:
             match action:
                 case AnswerSlice(slice=Assignment() as given) if isinstance(entry.event, SliceAsked):
                     self._slice(entry.event, given)
-                case Record():
-                    self._applied(action, entry.at_s)
+                case Record(entry=applied):
+                    self._applied_at = entry.at_s
+                    metrics.JOB_SAMPLES.add(applied.samples)
+                    metrics.SYNCHRONIZATIONS.add()
+                    metrics.ROUND_DURATION.record(applied.duration_s)
 
     def _slice(self, asked: SliceAsked, given: Assignment) -> None:
         request = asked.request
@@ -168,20 +168,6 @@ class JobMetrics:
             self._asked[asked.caller] = (request.incarnation, request.seq)
             source = "cached" if given.index in request.cached else "fresh"
         metrics.SLICES_ASSIGNED.add(source=source)
-
-    def _applied(self, record: Record, now: float) -> None:
-        entry = record.entry
-        at = (entry.generation, entry.round)
-        known = self._samples.get(at, 0)
-        # an entry that became more complete replaces the one before
-        metrics.JOB_SAMPLES.add(max(0, entry.samples - known))
-        self._samples[at] = max(known, entry.samples)
-        while len(self._samples) > _REMEMBERED_ROUNDS:
-            self._samples.popitem(last=False)
-        if record.tracker is not None:
-            self._applied_at = now
-            metrics.SYNCHRONIZATIONS.add()
-            metrics.ROUND_DURATION.record(entry.duration_s)
 
     def _count_refused(self) -> None:
         """The machine only counts; what it counted since the last look is added."""
@@ -210,8 +196,8 @@ class JobMetrics:
             counter.begin()
         with contextlib.ExitStack() as stack:
             for gauge, source in (
-                (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),
-                (metrics.LEASES, lambda: _by("kind", {kind: self._leases(kind) for kind in KINDS})),
+                (metrics.ACTIVE_WORKERS, lambda: float(self._held("train"))),
+                (metrics.LEASES, lambda: _by("kind", {kind: self._held(kind) for kind in KINDS})),
                 (metrics.LEASES_WANTED, lambda: _by("kind", self._wanted)),
                 (metrics.PRICES, self._prices),
                 (metrics.ALLOCATION_WAIT, self._waits),
@@ -233,7 +219,7 @@ class JobMetrics:
                 stack.enter_context(gauge.watch(source))
             yield
 
-    def _leases(self, kind: ExecutorClass) -> int:
+    def _held(self, kind: ExecutorClass) -> int:
         return sum(lease.kind == kind for lease in self._pool.leases)
 
     def _prices(self) -> Iterable[Reading]:

@@ -182,10 +182,9 @@ class Progressed:
         return {one.worker: one for one in newest}
 
     def add(self, entry: LedgerRound) -> None:
-        """A round was applied; or it became more complete."""
-        known = entry.round in self._entries
+        """A round was applied."""
         self._entries[entry.round] = entry
-        if not known and entry.duration_s > 0:
+        if entry.duration_s > 0:
             rate = entry.samples / entry.duration_s
             mean = self.samples_per_s
             self.samples_per_s = rate if not mean else mean + _SHARE * (rate - mean)
