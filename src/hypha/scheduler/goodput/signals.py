@@ -1,4 +1,4 @@
-"""Goodput as it leaves the scheduler: a listener of the job's journal, and its metrics.
+"""Goodput as it leaves the scheduler: a listener of the job's journal, and its counters.
 
 The counters of worker seconds grow by what cannot change any more (:meth:`Goodput.certain`), so they lag
 behind the report by up to a checkpoint. If a checkpoint turns out to be damaged and the job goes back to an
@@ -13,11 +13,9 @@ import math
 from collections.abc import Callable, Iterable
 
 from hypha.journal import Journal, JournalEntry
-from hypha.messages import LedgerRound, ModelReady, SendModel
+from hypha.messages import LedgerRound
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
-from hypha.scheduler.rounds import events
-from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.rounds.state import RoundState
 from hypha.telemetry import instruments as metrics
 
@@ -41,8 +39,6 @@ class GoodputSignals:
         self._counted_at = -math.inf
         self._good_s = 0.0
         self._bad_s: dict[str, float] = {}
-        self._theta_bytes = self._sent_thetas = 0
-        self._shown: set[str] = set()
         journal.listeners.append(self.listen)
 
     def resume(self, rounds: Iterable[LedgerRound]) -> None:
@@ -58,16 +54,13 @@ class GoodputSignals:
                     metrics.RECOVERY_DURATION.record(seconds, phase=phase)
         if self._journal.checked:
             self._goodput.validate()
-        if entry.machine == ROUNDS:
-            self._show(entry)
 
     def report(self, now: float) -> GoodputReport | None:
-        """As far as is known at ``now``; None when that has failed. The metrics follow it."""
+        """As far as is known at ``now``; None when that has failed. The counters follow it."""
         if self.listen not in self._journal.listeners:
             return None
         try:
             report = self._goodput.report(now)
-            metrics.GOODPUT.set(report.samples_per_s)
             if now >= self._counted_at + _COUNT_S or self._goodput.ended:
                 self._count(now)
         except Exception as exc:  # noqa: BLE001 - the edge of a service: figures of a job must not end it
@@ -86,45 +79,5 @@ class GoodputSignals:
         self._bad_s = bad_s
 
     def close(self) -> None:
-        """Hear of nothing any more, and show nothing."""
+        """Hear of nothing any more."""
         self._journal.leave(self.listen)
-        self._forget(self._shown)
-        metrics.GOODPUT.forget()
-        metrics.LOSS.forget()
-        for kind in ("update", "theta"):
-            metrics.ROUND_BYTES.forget(kind=kind)
-
-    def _show(self, entry: JournalEntry) -> None:
-        if isinstance(entry.event, events.Told) and isinstance(entry.event.event, ModelReady):
-            self._theta_bytes = entry.event.event.size_bytes
-        for action in entry.actions:
-            match action:
-                case events.Send(directive=SendModel()):
-                    self._sent_thetas += 1
-                case events.Record(entry=record):
-                    self._applied(record, entry)
-
-    def _applied(self, record: LedgerRound, entry: JournalEntry) -> None:
-        metrics.LOSS.set(record.loss)
-        present = {part.worker for part in record.contributors}
-        self._forget(self._shown - present)
-        self._shown = present
-        for part in record.contributors:
-            metrics.WORKER_LOSS.set(part.loss, worker=part.worker)
-        for one in record.updates:
-            if one.worker in present:
-                metrics.UPDATE_NORM.set(one.norm, worker=one.worker)
-                if one.cosine is not None:
-                    metrics.UPDATE_COSINE.set(one.cosine, worker=one.worker)
-                else:
-                    metrics.UPDATE_COSINE.forget(worker=one.worker)
-        metrics.ROUND_BYTES.set(sum(one.size_bytes for one in record.updates), kind="update")
-        # theta of the round went to those who got it on request, and that of the next goes to all members
-        members = int(str(entry.state["members"])) if not isinstance(entry.state, str) else 0
-        metrics.ROUND_BYTES.set((members + self._sent_thetas) * self._theta_bytes, kind="theta")
-        self._sent_thetas = 0
-
-    def _forget(self, workers: set[str]) -> None:
-        for peer in workers:
-            for gauge in (metrics.WORKER_LOSS, metrics.UPDATE_NORM, metrics.UPDATE_COSINE):
-                gauge.forget(worker=peer)

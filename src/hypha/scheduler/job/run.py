@@ -182,7 +182,7 @@ class JobObserver:
         journal.listeners.extend(listeners)
         self._context.traces.begin(self._context.config.name)
         try:
-            with self._metrics.shown(lambda: self.snapshot().state):
+            with self._metrics.shown(self.snapshot):
                 yield
         finally:
             for listener in listeners:

@@ -15,19 +15,19 @@ from typing import Literal
 import trio
 
 from hypha.journal import JournalEntry
-from hypha.messages import ExecutorClass
+from hypha.messages import ExecutorClass, LedgerRound, ModelReady, SendModel
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import Assignment
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds import machine as rounds
-from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
+from hypha.scheduler.rounds.events import AnswerSlice, Record, Send, SliceAsked, Told
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.participants import Member
-from hypha.scheduler.status.snapshot import JobState, Progressed
+from hypha.scheduler.status.snapshot import JobSnapshot, Progressed
 from hypha.telemetry import instruments as metrics
-from hypha.telemetry.metrics import OTHER, Reading
+from hypha.telemetry.metrics import OTHER, Reading, Source
 
 KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
 #: what the round machine counts besides messages
@@ -65,6 +65,7 @@ class JobMetrics:
         self._short_since: dict[str, float] = {}
         #: the newest request of each worker for a slice
         self._asked: dict[str, tuple[str, int]] = {}
+        self._theta_bytes = self._sent_thetas = self._round_thetas = 0
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
 
     def note(self, entry: JournalEntry) -> None:
@@ -149,11 +150,19 @@ class JobMetrics:
             metrics.RENEWAL_DURATION.record(now - began, status=status)
 
     def _round_machine(self, entry: JournalEntry) -> None:
+        if isinstance(entry.event, Told) and isinstance(entry.event.event, ModelReady):
+            self._theta_bytes = entry.event.event.size_bytes
         for action in entry.actions:
             match action:
                 case AnswerSlice(slice=Assignment() as given) if isinstance(entry.event, SliceAsked):
                     self._slice(entry.event, given)
+                case Send(directive=SendModel()):
+                    self._sent_thetas += 1
                 case Record(entry=applied):
+                    # theta of the round went to those who got it on request, and that of the next goes to
+                    # all members
+                    members = int(str(entry.state["members"])) if isinstance(entry.state, Mapping) else 0
+                    self._round_thetas, self._sent_thetas = members + self._sent_thetas, 0
                     self._applied_at = entry.at_s
                     metrics.JOB_SAMPLES.add(applied.samples)
                     metrics.SYNCHRONIZATIONS.add()
@@ -183,8 +192,10 @@ class JobMetrics:
         self._refused = (machine, Counter(machine.counts))
 
     @contextlib.contextmanager
-    def shown(self, state: Callable[[], JobState]) -> Iterator[None]:
-        """The gauges show this run meanwhile, which is in ``state()``; its counters begin at 0."""
+    def shown(self, snapshot: Callable[[], JobSnapshot]) -> Iterator[None]:
+        """The gauges show this run meanwhile, of which ``snapshot()`` is the present one; its counters begin
+        at 0.
+        """
         for counter in (
             metrics.RENEWALS,
             metrics.LEASES_LOST,
@@ -211,10 +222,22 @@ class JobMetrics:
                 (metrics.IDLE, self._of_members(lambda member: member.idle_share)),
                 (metrics.CHECKPOINT_ROUND, lambda: _only(self._progressed.checkpoint)),
                 (metrics.CHECKPOINT_AGE, self._checkpoint_age),
+                (metrics.JOB_STATE, lambda: _states(snapshot())),
+                (metrics.GOODPUT, lambda: _goodput(snapshot())),
+                (metrics.LOSS, lambda: _only(self._progressed.loss)),
                 (
-                    metrics.JOB_STATE,
-                    lambda: _by("state", {one: float(one == state()) for one in metrics.JOB_STATES}),
+                    metrics.WORKER_LOSS,
+                    self._of_newest(lambda entry: {one.worker: one.loss for one in entry.contributors}),
                 ),
+                (
+                    metrics.UPDATE_NORM,
+                    self._of_newest(lambda entry: {one.worker: one.norm for one in entry.updates}),
+                ),
+                (
+                    metrics.UPDATE_COSINE,
+                    self._of_newest(lambda entry: {one.worker: one.cosine for one in entry.updates}),
+                ),
+                (metrics.ROUND_BYTES, self._round_bytes),
             ):
                 stack.enter_context(gauge.watch(source))
             yield
@@ -237,21 +260,39 @@ class JobMetrics:
         machine = self._machine()
         return _by("state", machine.tracker.counts() if machine is not None else {})
 
-    def _of_machine(self, value: Callable[[RoundMachine], float]) -> Callable[[], Iterable[Reading]]:
+    def _of_machine(self, value: Callable[[RoundMachine], float]) -> Source:
         def read() -> Iterable[Reading]:
             machine = self._machine()
             return _only(None if machine is None else value(machine))
 
         return read
 
-    def _of_members(self, value: Callable[[Member], float | None]) -> Callable[[], Iterable[Reading]]:
+    def _of_members(self, value: Callable[[Member], float | None]) -> Source:
         def read() -> Iterable[Reading]:
             machine = self._machine()
             members = machine.members.values() if machine is not None else ()
-            values = {member.peer: value(member) for member in members}
-            return _by("worker", {peer: one for peer, one in values.items() if one is not None})
+            return _by("worker", {member.peer: value(member) for member in members})
 
         return read
+
+    def _of_newest(self, values: Callable[[LedgerRound], Mapping[str, float | None]]) -> Source:
+        """By worker, of those whose update is in the newest round: others could be named without end."""
+
+        def read() -> Iterable[Reading]:
+            newest = self._progressed.newest
+            if newest is None:
+                return []
+            found, inside = values(newest), {part.worker for part in newest.contributors}
+            return _by("worker", {peer: found[peer] for peer in found.keys() & inside})
+
+        return read
+
+    def _round_bytes(self) -> Iterable[Reading]:
+        newest = self._progressed.newest
+        if newest is None:
+            return []
+        updates = float(sum(one.size_bytes for one in newest.updates))
+        return _by("kind", {"update": updates, "theta": float(self._round_thetas * self._theta_bytes)})
 
     def _providers(self) -> Iterable[Reading]:
         dataset = self._dataset()
@@ -267,5 +308,13 @@ def _only(value: float | None) -> Iterable[Reading]:
     return [] if value is None else [({}, value)]
 
 
-def _by(label: str, values: Mapping[str, float]) -> Iterable[Reading]:
-    return [({label: one}, value) for one, value in values.items()]
+def _by(label: str, values: Mapping[str, float | None]) -> Iterable[Reading]:
+    return [({label: one}, value) for one, value in values.items() if value is not None]
+
+
+def _states(snapshot: JobSnapshot) -> Iterable[Reading]:
+    return _by("state", {one: float(one == snapshot.state) for one in metrics.JOB_STATES})
+
+
+def _goodput(snapshot: JobSnapshot) -> Iterable[Reading]:
+    return _only(None if snapshot.goodput is None else snapshot.goodput.samples_per_s)

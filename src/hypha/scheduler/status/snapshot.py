@@ -167,9 +167,14 @@ class Progressed:
         return sum(entry.samples for entry in self._entries.values())
 
     @property
+    def newest(self) -> LedgerRound | None:
+        """The newest round."""
+        return self._entries[max(self._entries)] if self._entries else None
+
+    @property
     def loss(self) -> float | None:
         """Of the newest round."""
-        return self._entries[max(self._entries)].loss if self._entries else None
+        return None if self.newest is None else self.newest.loss
 
     @property
     def rounds(self) -> Iterable[LedgerRound]:
@@ -178,8 +183,7 @@ class Progressed:
     @property
     def updates(self) -> dict[str, UpdateStatistics]:
         """What was measured of the newest round's updates, by worker."""
-        newest = self._entries[max(self._entries)].updates if self._entries else ()
-        return {one.worker: one for one in newest}
+        return {} if self.newest is None else {one.worker: one for one in self.newest.updates}
 
     def add(self, entry: LedgerRound) -> None:
         """A round was applied."""
