@@ -28,7 +28,7 @@ from hypha.messages import (
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.goodput.machine import Goodput
-from hypha.scheduler.goodput.report import GoodputNews, GoodputReport
+from hypha.scheduler.goodput.report import GoodputReport, Recovery
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
 from hypha.scheduler.leasing.renewal import NAME as RENEWAL
@@ -74,7 +74,7 @@ class Scene:
     def __post_init__(self) -> None:
         self.now = 100.0
         self.goodput = Goodput(self.places, self.now, lambda: self.machine)
-        self.news: list[GoodputNews] = []
+        self.news: list[Recovery] = []
         self.journal = Journal(checked=True)
         self.journal.listeners.append(self._listen)
         self.lives: dict[str, int] = {}
@@ -247,6 +247,17 @@ class Scene:
         assert total == pytest.approx(found.places * found.wall_s, abs=1e-6)
         assert list(found.badput_s) == list(BADPUT_REASONS)
         return found
+
+    def steps(self) -> list[tuple[str, float]]:
+        """Reasons of failures, and what each was detected, replaced and caught up with after."""
+        return [
+            ("catch-up", one.catch_up_s)
+            if one.catch_up_s is not None
+            else ("replace", one.replace_s)
+            if one.replace_s is not None
+            else (one.reason, one.detect_s)
+            for one in self.news
+        ]
 
     def split(self) -> dict[str, float]:
         found = self.report()

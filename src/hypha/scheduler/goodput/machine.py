@@ -32,13 +32,7 @@ from hypha.journal import JournalEntry
 from hypha.messages import ExecutorError, ExecutorExited, LedgerRound, RoundStarted
 from hypha.scheduler.goodput.leases import NANOSECONDS, GoodputLeases, nanoseconds
 from hypha.scheduler.goodput.place import TRAINING, Effort, GoodputPlace
-from hypha.scheduler.goodput.report import (
-    FailureReason,
-    GoodputNews,
-    GoodputReport,
-    hung_for_s,
-    reason_of,
-)
+from hypha.scheduler.goodput.report import FailureReason, GoodputReport, Recovery, hung_for_s, reason_of
 from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
 from hypha.scheduler.leasing.renewal import NAME as RENEWAL
 from hypha.scheduler.rounds import events
@@ -143,7 +137,8 @@ class Goodput(GoodputLeases):
     def _at(self, now: float) -> int:
         return self.now if self.ended else max(self.now, nanoseconds(now))
 
-    def handle(self, entry: JournalEntry) -> list[GoodputNews]:
+    def handle(self, entry: JournalEntry) -> list[Recovery]:
+        """The failures that were noticed, or got over a step further."""
         if self.ended:
             return []
         # a machine's first entry is made before it gets the time
@@ -155,8 +150,8 @@ class Goodput(GoodputLeases):
         elif entry.machine.startswith(f"{RENEWAL}:"):
             self._take_renewal(entry, entry.machine[len(RENEWAL) + 1 :], now)
         self._look(now)
-        news, self.recoveries.news = self.recoveries.news, []
-        return news
+        changed, self.recoveries.changed = self.recoveries.changed, []
+        return changed
 
     def _take_round(self, entry: JournalEntry, now: int) -> None:
         event, reached = entry.event, self._round

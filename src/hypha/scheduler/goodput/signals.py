@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound
 from hypha.scheduler.goodput.machine import Goodput
-from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
+from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.rounds.state import RoundState
 from hypha.telemetry import instruments as metrics
 
@@ -47,11 +47,13 @@ class GoodputSignals:
 
     def listen(self, entry: JournalEntry) -> None:
         for one in self._goodput.handle(entry):
-            match one:
-                case FailureNoticed(kind=kind, reason=reason):
-                    metrics.FAILURES.add(kind=kind, reason=reason)
-                case RecoveryStep(phase=phase, seconds=seconds):
-                    metrics.RECOVERY_DURATION.record(seconds, phase=phase)
+            if one.catch_up_s is not None:
+                metrics.RECOVERY_DURATION.record(one.catch_up_s, phase="catch-up")
+            elif one.replace_s is not None:
+                metrics.RECOVERY_DURATION.record(one.replace_s, phase="replace")
+            else:
+                metrics.FAILURES.add(kind=one.kind, reason=one.reason)
+                metrics.RECOVERY_DURATION.record(one.detect_s, phase="detect")
         if self._journal.checked:
             self._goodput.validate()
 
