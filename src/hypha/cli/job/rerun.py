@@ -10,7 +10,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,7 +20,7 @@ import msgspec
 from hypha.config.offers import OfferConfig
 from hypha.decoding import decode
 from hypha.errors import HyphaError, Undecodable
-from hypha.journal import Journal, JournalEntry
+from hypha.journal import Journal
 from hypha.messages import PeerRef
 from hypha.rules import leases
 from hypha.scheduler.data.slices import SliceTracker
@@ -82,7 +82,7 @@ class _Machine:
     handle: Callable[[Any, float], object]
     kind: Any
     journal: Journal
-    given: _Given = field(default_factory=_Given)
+    given: _Given
 
 
 def print_rerun(journal: Path) -> int:
@@ -133,8 +133,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -> Difference | None:
     name, event, now = entry["machine"], entry["event"], float(entry["at_s"])
     kind = name.partition(":")[0]
-    if event["type"] in _BEGIN:
-        machines[name] = machine = _BEGIN[event["type"]](event, now)
+    if event["type"].endswith("Began"):
+        machines[name] = machine = _made(msgspec.convert(event, _First), now)
         result.machines += 1
     elif name in machines:
         machine = machines[name]
@@ -144,26 +144,15 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
         result.without_beginning += 1
         return None
     result.entries += 1
-    again = _noted(machine.journal, kind)
-    if again is None:
-        return Difference(
-            entry["number"], name, _short(event), "actions", _short(entry["actions"]), "nothing"
-        )
+    # an arbiter's journal has its leases' entries, too
+    noted = [one for one in machine.journal.entries if one.machine.partition(":")[0] == kind]
+    machine.journal.entries.clear()
+    again = json.loads(noted[-1].line()) if noted else {}
     for what in ("actions", "state"):
-        if not _equal(entry[what], again[what]):
-            then, differs = _short(entry[what]), _short(again[what])
+        if not _equal(entry[what], again.get(what)):
+            then, differs = _short(entry[what]), _short(again.get(what, "nothing"))
             return Difference(entry["number"], name, _short(event), what, then, differs)
     return None
-
-
-def _noted(journal: Journal, kind: str) -> dict[str, Any] | None:
-    """What ``kind`` noted last; an arbiter's journal has its leases' entries, too."""
-    found: JournalEntry | None = None
-    for entry in journal.entries:
-        if entry.machine.partition(":")[0] == kind:
-            found = entry
-    journal.entries.clear()
-    return json.loads(found.line()) if found is not None else None
 
 
 def _equal(then: object, now: object) -> bool:
@@ -183,44 +172,33 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _rounds(raw: Any, _: float) -> _Machine:
-    began = msgspec.convert(raw, events.GenerationBegan)
-    journal, tracker = Journal(), SliceTracker.from_state(began.tracker)
-    machine = rounds.RoundMachine(
-        began.rules, began.start, tracker, began.scheduler, began.carried, journal=journal
-    )
-    return _Machine(machine.handle, events.Input, journal)
+_First = (
+    events.GenerationBegan
+    | allocation.AllocatorBegan
+    | renewal.RenewalBegan
+    | leases.BookBegan
+    | ArbiterBegan
+)
 
 
-def _allocator(raw: Any, _: float) -> _Machine:
-    began, journal = msgspec.convert(raw, allocation.AllocatorBegan), Journal()
-    machine = allocator.Allocator(began.asks, began.pace, journal)
-    return _Machine(machine.handle, allocation.AllocatorEvent, journal)
-
-
-def _renewal(raw: Any, now: float) -> _Machine:
-    began, journal, given = msgspec.convert(raw, renewal.RenewalBegan), Journal(), _Given()
-    machine = renewal.Renewal(began.expires_in_s, now, given, journal=journal)
-    return _Machine(machine.handle, renewal.RenewalEvent, journal, given)
-
-
-def _book(raw: Any, _: float) -> _Machine:
-    began, journal = msgspec.convert(raw, leases.BookBegan), Journal()
-    return _Machine(leases.LeaseBook(began.total, journal).handle, leases.BookEvent, journal)
-
-
-def _arbiter(raw: Any, _: float) -> _Machine:
-    began, journal, given = msgspec.convert(raw, ArbiterBegan), Journal(), _Given()
-    capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
-    terms = OfferConfig.model_validate(began.terms)
-    machine = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal)
-    return _Machine(machine.handle, ArbiterEvent, journal, given)
-
-
-_BEGIN: dict[str, Callable[[Any, float], _Machine]] = {
-    "LifeBegan": _rounds,
-    "AllocatorBegan": _allocator,
-    "RenewalBegan": _renewal,
-    "BookBegan": _book,
-    "ArbiterBegan": _arbiter,
-}
+def _made(began: _First, now: float) -> _Machine:
+    """The machine whose first entry has ``began`` as its event."""
+    journal, given = Journal(), _Given()
+    match began:
+        case events.GenerationBegan(rules=rules, start=start, scheduler=scheduler, carried=carried):
+            tracker = SliceTracker.from_state(began.tracker)
+            machine = rounds.RoundMachine(rules, start, tracker, scheduler, carried, journal=journal)
+            return _Machine(machine.handle, events.Input, journal, given)
+        case allocation.AllocatorBegan(asks=asks, pace=pace):
+            handle = allocator.Allocator(asks, pace, journal).handle
+            return _Machine(handle, allocation.AllocatorEvent, journal, given)
+        case renewal.RenewalBegan(expires_in_s=expires_in_s):
+            handle = renewal.Renewal(expires_in_s, now, given, journal=journal).handle
+            return _Machine(handle, renewal.RenewalEvent, journal, given)
+        case leases.BookBegan(total=total):
+            return _Machine(leases.LeaseBook(total, journal).handle, leases.BookEvent, journal, given)
+        case ArbiterBegan():
+            capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
+            terms = OfferConfig.model_validate(began.terms)
+            handle = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal).handle
+            return _Machine(handle, ArbiterEvent, journal, given)
