@@ -35,16 +35,19 @@ from hypha.scheduler.leasing.renewal import NAME as RENEWAL
 from hypha.scheduler.leasing.renewal import Lapsed, RenewalFailed, Renewed
 from hypha.scheduler.rounds.events import (
     CarriedOver,
+    GenerationBegan,
     Input,
     Joined,
     ParticipantLeaves,
     ParticipantLost,
+    Record,
     Reported,
     SliceAsked,
     Told,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules, Start
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry.instruments import BADPUT_REASONS
 
 BATCHES, BATCH = 4, 10
@@ -73,7 +76,8 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.now = 100.0
-        self.goodput = Goodput(self.places, self.now, lambda: self.machine)
+        self.progressed = Progressed()
+        self.goodput = Goodput(self.places, self.now, lambda: self.machine, self.progressed)
         self.news: list[Recovery] = []
         self.journal = Journal(checked=True)
         self.journal.listeners.append(self._listen)
@@ -85,6 +89,11 @@ class Scene:
             self.begin(self.start)
 
     def _listen(self, entry: JournalEntry) -> None:
+        if isinstance(entry.event, GenerationBegan):
+            self.progressed.cut(entry.event.start.round)
+        for action in entry.actions:
+            if isinstance(action, Record):
+                self.progressed.add(action.entry)
         self.news += self.goodput.handle(entry)
         self.goodput.validate()
 

@@ -9,6 +9,7 @@ from hypha.messages import (
     CheckpointSaved,
     ExecutorError,
     ExecutorExited,
+    LedgerRound,
     UpdateRefused,
 )
 from hypha.scheduler.goodput.place import GoodputPlace
@@ -345,7 +346,9 @@ def test_of_an_executor_that_did_not_outlive_another_life_nobody_says_that_it_is
 
 def test_another_scheduler_counts_since_it_began_and_knows_the_samples_before() -> None:
     scene = Scene(start=None)
-    scene.goodput.resume(dict.fromkeys(range(7), 80))
+    scene.progressed.resume(
+        LedgerRound(round=number, theta="", contributors=(), samples=80) for number in range(7)
+    )
     scene.at(1).leased("ps", "a", "b")
     scene.at(2).begin(Start("job", 3, 7, 0, "t7", taken_over=True))
     scene.joined("ps", "a", "b")

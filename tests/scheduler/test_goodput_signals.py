@@ -13,13 +13,13 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from tests.scheduler.scene import Scene
 from tests.scheduler.test_allocator import SERVER, TRAIN
 
-from hypha.journal import Journal, JournalEntry
+from hypha.journal import Journal
 from hypha.messages import CheckpointSaved, LedgerRound, UpdateStatistics
 from hypha.node import Node
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.signals import GoodputSignals
 from hypha.scheduler.leasing.pool import Pool
-from hypha.scheduler.rounds.events import Record, TimePassed
+from hypha.scheduler.rounds.events import TimePassed
 from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status.signals import JobMetrics
 from hypha.scheduler.status.snapshot import JobSnapshot, Progressed
@@ -61,7 +61,7 @@ def meter() -> Iterator[Meter]:
 @pytest.fixture
 def told() -> Iterator[tuple[Scene, GoodputSignals]]:
     scene = Scene(start=None)
-    signals = GoodputSignals(scene.journal, 2, 100.0, lambda: scene.machine)
+    signals = GoodputSignals(scene.journal, 2, 100.0, lambda: scene.machine, scene.progressed)
     scene.begin(Start("job"))
     yield scene, signals
     signals.close()
@@ -121,16 +121,9 @@ def test_failures_and_what_they_took(told: Told, meter: Meter) -> None:
 @contextmanager
 def shown(scene: Scene, signals: GoodputSignals) -> Iterator[None]:
     """The gauges of the job, as its observer and its machine's carrier keep them."""
-    progressed = Progressed()
-
-    def listen(entry: JournalEntry) -> None:
-        for action in entry.actions:
-            if isinstance(action, Record):
-                progressed.add(action.entry)
-
     pool = Pool(cast(Node, object()), [TRAIN, SERVER])
-    found = JobMetrics(pool, progressed, 5, 100.0, lambda: scene.machine, lambda: None)
-    scene.journal.listeners += [listen, found.note]
+    found = JobMetrics(pool, scene.progressed, 5, 100.0, lambda: scene.machine, lambda: None)
+    scene.journal.listeners.append(found.note)
     with found.shown(lambda: JobSnapshot("digits", goodput=signals.report(scene.now))):
         yield
 
@@ -183,7 +176,7 @@ def test_an_account_that_fails_is_given_up_and_ends_nothing(
 
     monkeypatch.setattr(Goodput, "handle", broken)
     journal = Journal()
-    signals = GoodputSignals(journal, 2, 0.0, lambda: None)
+    signals = GoodputSignals(journal, 2, 0.0, lambda: None, Progressed())
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
             journal.note("rounds", 1.0, TimePassed(), (), {})
@@ -194,8 +187,9 @@ def test_an_account_that_fails_is_given_up_and_ends_nothing(
 
 
 def test_samples_of_an_earlier_scheduler_count() -> None:
-    signals = GoodputSignals(Journal(), 2, 0.0, lambda: None)
-    signals.resume(LedgerRound(round=number, theta="", contributors=(), samples=10) for number in range(3))
+    progressed = Progressed()
+    signals = GoodputSignals(Journal(), 2, 0.0, lambda: None, progressed)
+    progressed.resume(LedgerRound(round=number, theta="", contributors=(), samples=10) for number in range(3))
     report = signals.report(5.0)
     assert report is not None
     assert (report.samples, report.samples_per_s) == (30, 0.0)

@@ -39,6 +39,7 @@ from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.rounds.participants import Member
 from hypha.scheduler.rounds.state import OPEN, RoundState
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry.instruments import BADPUT_REASONS
 
 #: of whose rates the median is what an undisturbed job does
@@ -49,11 +50,15 @@ _LONGEST_BUSY_S = 1e9
 
 class Goodput(GoodputLeases):
     """Of a job that wants ``places`` workers, whose scheduler began at ``began`` (seconds of the clock that
-    the journal's entries have). ``machine`` gives the present round machine, None before there is one.
+    the journal's entries have). ``machine`` gives the present round machine, None before there is one;
+    ``progressed`` has the rounds that count.
     """
 
-    def __init__(self, places: int, began: float, machine: Callable[[], RoundState | None]) -> None:
+    def __init__(
+        self, places: int, began: float, machine: Callable[[], RoundState | None], progressed: Progressed
+    ) -> None:
         super().__init__(places, began, machine)
+        self._progressed = progressed
         #: the generation's parameter server is lost
         self._over = False
         self._phase = "loading"
@@ -64,20 +69,12 @@ class Goodput(GoodputLeases):
         self._server_down = False
         self._unserved = 0
         self._unserved_since: int | None = None
-        #: samples of the rounds that count; those from ``_first`` on were applied here
-        self._samples: dict[int, int] = {}
-        self._first = 0
-        self._total = self._here = 0
+        #: rounds that count from this one on were applied by this scheduler; None before it has begun
+        self._first: int | None = None
         #: the newest durable checkpoint
         self._checkpoint = 0
         #: samples a second of rounds to which every place contributed and in which nothing failed
         self._calm: deque[float] = deque(maxlen=CALM_ROUNDS)
-
-    def resume(self, samples: Mapping[int, int]) -> None:
-        """An earlier scheduler of the job has left these ``samples``, by round."""
-        self._samples = dict(samples)
-        self._total, self._here = sum(samples.values()), 0
-        self._first = max(samples, default=-1) + 1
 
     def report(self, now: float) -> GoodputReport:
         """As far as is known at ``now``; after the job's end, as it was then."""
@@ -86,7 +83,8 @@ class Goodput(GoodputLeases):
         for place in self.places:
             place.add_to(total, at)
         wall_s = (at - self.began) / NANOSECONDS
-        rate = self._here / wall_s if wall_s > 0 else 0.0
+        here = 0 if self._first is None else self._progressed.samples_from(self._first)
+        rate = here / wall_s if wall_s > 0 else 0.0
         calm = median(self._calm) if self._calm else None
         wanted = len(self.places) * (at - self.began)
         return GoodputReport(
@@ -95,7 +93,7 @@ class Goodput(GoodputLeases):
             goodput_s=(total["goodput"] + total[TRAINING]) / NANOSECONDS,
             pending_s=total[TRAINING] / NANOSECONDS,
             badput_s={reason: total[reason] / NANOSECONDS for reason in BADPUT_REASONS},
-            samples=self._total,
+            samples=self._progressed.samples,
             samples_per_s=rate,
             calm_samples_per_s=calm,
             runtime=rate / calm if calm else None,
@@ -132,7 +130,6 @@ class Goodput(GoodputLeases):
             assert place.since <= self.now, f"place {number} turned in the future"
         leased = [place.peer for place in self.places if place.peer]
         assert len(leased) == len(set(leased)), f"a worker has two places: {leased}"
-        assert self._total == sum(self._samples.values()), "samples were lost"
 
     def _at(self, now: float) -> int:
         return self.now if self.ended else max(self.now, nanoseconds(now))
@@ -259,16 +256,12 @@ class Goodput(GoodputLeases):
 
     def _begin_generation(self, generation: events.GenerationBegan, reached: int, now: int) -> None:
         """The generation before, if there was one, had ``reached`` that round."""
-        first, start = not self._begun, generation.start
+        first, start = self._first is None, generation.start
         self._begun, self._over = True, False
+        self._first = start.round if self._first is None else min(self._first, start.round)
         self._early.clear()
         self._server = ""
         self._disturbed = True
-        for number in [number for number in self._samples if number >= start.round]:
-            samples = self._samples.pop(number)
-            self._total -= samples
-            self._here -= samples if number >= self._first else 0
-        self._first = start.round if first else min(self._first, start.round)
         self._checkpoint = min(self._checkpoint, start.round)
         for place in self.places:
             place.joined = False
@@ -300,9 +293,6 @@ class Goodput(GoodputLeases):
         return self._unserved + (0 if since is None else max(0, now - since))
 
     def _recorded(self, entry: LedgerRound, now: int) -> None:
-        self._samples[entry.round] = entry.samples
-        self._total += entry.samples
-        self._here += entry.samples
         contributors = {part.worker: part.incarnation for part in entry.contributors}
         inside = {place for place in self.places if place.peer in contributors}
         if not self._disturbed and len(inside) == len(self.places) and entry.duration_s > 0:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from hypha.journal import Journal, JournalEntry
-from hypha.messages import LedgerRound
 from hypha.scheduler.goodput.machine import Goodput
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.rounds.state import RoundState
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry import instruments as metrics
 
 logger = logging.getLogger("hypha.scheduler")
@@ -27,23 +27,25 @@ _COUNT_S = 1.0
 
 class GoodputSignals:
     """Of one run of a job that wants ``places`` workers and began at ``began``, of trio's clock; ``machine``
-    gives its present round machine, None before there is one. What fails in here is logged once and ends
-    nothing but the figures; where the machines of ``journal`` are checked, it raises AssertionError.
+    gives its present round machine, None before there is one, and ``progressed`` has the rounds that count.
+    What fails in here is logged once and ends nothing but the figures; where the machines of ``journal`` are
+    checked, it raises AssertionError.
     """
 
     def __init__(
-        self, journal: Journal, places: int, began: float, machine: Callable[[], RoundState | None]
+        self,
+        journal: Journal,
+        places: int,
+        began: float,
+        machine: Callable[[], RoundState | None],
+        progressed: Progressed,
     ) -> None:
         self._journal = journal
-        self._goodput = Goodput(places, began, machine)
+        self._goodput = Goodput(places, began, machine, progressed)
         self._counted_at = -math.inf
         self._good_s = 0.0
         self._bad_s: dict[str, float] = {}
         journal.listeners.append(self.listen)
-
-    def resume(self, rounds: Iterable[LedgerRound]) -> None:
-        """What an earlier scheduler of the job has left in the ledger."""
-        self._goodput.resume({entry.round: entry.samples for entry in rounds})
 
     def listen(self, entry: JournalEntry) -> None:
         for one in self._goodput.handle(entry):

@@ -162,8 +162,9 @@ class JobObserver:
             lambda: stage().machine,
             lambda: stage().dataset,
         )
+        places, progressed = context.config.resources.num_workers, context.progressed
         self._goodput = GoodputSignals(
-            context.journal, context.config.resources.num_workers, context.began, lambda: stage().machine
+            context.journal, places, context.began, lambda: stage().machine, progressed
         )
         self._awaiting = Awaiting()
         self._services = ServiceVersions()
@@ -193,10 +194,6 @@ class JobObserver:
             failed = outcome is not None or isinstance(sys.exception(), Exception)
             status = "done" if isinstance(outcome, JobResult) else "failed" if failed else "stopped"
             self._metrics.ended(status, trio.current_time())
-
-    def resume(self) -> None:
-        """The rounds of an earlier scheduler of the job are in the progress now."""
-        self._goodput.resume(self._context.progressed.rounds)
 
     def close(self) -> None:
         """Look a last time; nothing is shown any more."""
@@ -270,7 +267,6 @@ class RunningJob:
                     nursery.start_soon(self._observer.run)
                     self._stage = opened = await open_job(self._context, fresh, nursery, self._enter)
                     await take_up(self._context, opened, fresh)
-                    self._observer.resume()
                     self._stage = working = WorkingJob(self._context, opened, nursery, self._end)
                     await working.run()
         except* HyphaError as group:

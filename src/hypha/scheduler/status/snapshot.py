@@ -164,7 +164,11 @@ class Progressed:
 
     @property
     def samples(self) -> int:
-        return sum(entry.samples for entry in self._entries.values())
+        return self.samples_from(0)
+
+    def samples_from(self, first: int) -> int:
+        """Of that round and later ones."""
+        return sum(entry.samples for entry in self._entries.values() if entry.round >= first)
 
     @property
     def newest(self) -> LedgerRound | None:
@@ -175,10 +179,6 @@ class Progressed:
     def loss(self) -> float | None:
         """Of the newest round."""
         return None if self.newest is None else self.newest.loss
-
-    @property
-    def rounds(self) -> Iterable[LedgerRound]:
-        return self._entries.values()
 
     @property
     def updates(self) -> dict[str, UpdateStatistics]:
