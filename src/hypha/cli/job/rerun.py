@@ -190,15 +190,15 @@ def _made(began: _First, now: float) -> _Machine:
             machine = rounds.RoundMachine(rules, start, tracker, scheduler, carried, journal=journal)
             return _Machine(machine.handle, events.Input, journal, given)
         case allocation.AllocatorBegan(asks=asks, pace=pace):
-            handle = allocator.Allocator(asks, pace, journal).handle
-            return _Machine(handle, allocation.AllocatorEvent, journal, given)
+            finding = allocator.Allocator(asks, pace, journal)
+            return _Machine(finding.handle, allocation.AllocatorEvent, journal, given)
         case renewal.RenewalBegan(expires_in_s=expires_in_s):
-            handle = renewal.Renewal(expires_in_s, now, given, journal=journal).handle
-            return _Machine(handle, renewal.RenewalEvent, journal, given)
+            renewing = renewal.Renewal(expires_in_s, now, given, journal=journal)
+            return _Machine(renewing.handle, renewal.RenewalEvent, journal, given)
         case leases.BookBegan(total=total):
             return _Machine(leases.LeaseBook(total, journal).handle, leases.BookEvent, journal, given)
         case ArbiterBegan():
             capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
             terms = OfferConfig.model_validate(began.terms)
-            handle = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal).handle
-            return _Machine(handle, ArbiterEvent, journal, given)
+            offering = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal)
+            return _Machine(offering.handle, ArbiterEvent, journal, given)

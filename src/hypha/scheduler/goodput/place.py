@@ -55,6 +55,12 @@ class Activity:
     end: int
     of: Effort | None = None
 
+    def cut(self, at: int) -> list[Activity]:
+        """What was before ``at``, and what was after it."""
+        if not self.start < at < self.end:
+            return [self]
+        return [replace(self, end=at), replace(self, start=at)]
+
 
 @dataclass(eq=False)
 class GoodputPlace:
@@ -171,15 +177,13 @@ class GoodputPlace:
         With ``keep_training`` what failed is the parameter server, and training may count nevertheless.
         """
         self._close(now)
-        kept: list[Activity] = []
-        for one in self.pending:
-            if one.end <= sign or (keep_training and one.what == TRAINING):
-                kept.append(one)
-                continue
-            if one.start < sign:
-                kept.append(replace(one, end=sign))
-            kept.append(Activity("failure", max(one.start, sign), one.end))
-        self.pending = kept
+        self.pending = [
+            part
+            if part.end <= sign or (keep_training and part.of is not None)
+            else Activity("failure", part.start, part.end)
+            for one in self.pending
+            for part in one.cut(sign)
+        ]
         self.what, self.failed = "failure", True
 
     def discard(self, first: int, now: int, before_attempt: int | None = None) -> None:
@@ -227,14 +231,11 @@ class GoodputPlace:
 
     def _settle_pending(self, until: int) -> None:
         kept: list[Activity] = []
-        for one in self.pending:
-            if one.what == TRAINING or one.start >= until:
-                kept.append(one)
-                continue
-            end = min(one.end, until)
-            self.badput[one.what] += end - one.start
-            if end < one.end:
-                kept.append(replace(one, start=end))
+        for part in (part for one in self.pending for part in one.cut(until)):
+            if part.of is None and part.end <= until:
+                self.badput[part.what] += part.end - part.start
+            else:
+                kept.append(part)
         self.pending = kept
 
     def good_before(self, round_: int) -> int:
