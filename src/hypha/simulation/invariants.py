@@ -263,8 +263,8 @@ class LeaseWatch:
 
 
 class GoodputWatch:
-    """Looks at each of the scheduler's accounts: goodput and badput make the wall clock, and the samples are
-    those of the rounds that count. The account checks each place itself, as the journal is checked.
+    """Looks at each of the scheduler's accounts: goodput and badput make the wall clock. The account checks
+    each place itself, as the journal is checked.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -279,9 +279,6 @@ class GoodputWatch:
         total_s = report.places * report.wall_s
         if min(parts) < 0.0 or abs(math.fsum(parts) - total_s) > 1e-6 * max(1.0, total_s):
             self._tell(f"goodput and badput {parts} are not {report.places} x {report.wall_s} s")
-        # before there is a round machine, what is in the ledger is just being read
-        if snapshot.job_id and report.samples != snapshot.samples:
-            self._tell(f"goodput is of {report.samples} samples, the rounds of {snapshot.samples}")
 
 
 def check_goodput(world: World) -> list[str]:
