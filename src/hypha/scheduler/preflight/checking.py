@@ -47,7 +47,7 @@ class Checked:
     trial: TrialReport | None = None
 
     @property
-    def errors(self) -> list[PreflightFinding]:
+    def errors(self) -> list[Problem]:
         """Those for which every worker would fail."""
         return [one for one in self.findings if one.error]
 
@@ -61,7 +61,7 @@ async def check_before_leasing(job: JobConfig, manifest: Manifest, trial: ModelT
         log("Before anybody is leased: %s", finding)
     if errors := checked.errors:
         hint = Problem(f"{JOB}.check", 'where this is wrong, "none" (or run --no-check) goes on nevertheless')
-        raise ConfigError([*(Problem(one.key, one.message) for one in errors), hint])
+        raise ConfigError([*errors, hint])
 
 
 async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | None) -> Checked:
