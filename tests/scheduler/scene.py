@@ -77,7 +77,7 @@ class Scene:
     def __post_init__(self) -> None:
         self.now = 100.0
         self.progressed = Progressed()
-        self.goodput = Goodput(self.places, self.now, lambda: self.machine, self.progressed)
+        self.goodput = Goodput(self.places, self.now, lambda: getattr(self, "machine", None), self.progressed)
         self.news: list[Recovery] = []
         self.journal = Journal(checked=True)
         self.journal.listeners.append(self._listen)

@@ -61,7 +61,9 @@ def meter() -> Iterator[Meter]:
 @pytest.fixture
 def told() -> Iterator[tuple[Scene, GoodputSignals]]:
     scene = Scene(start=None)
-    signals = GoodputSignals(scene.journal, 2, 100.0, lambda: scene.machine, scene.progressed)
+    signals = GoodputSignals(
+        scene.journal, 2, 100.0, lambda: getattr(scene, "machine", None), scene.progressed
+    )
     scene.begin(Start("job"))
     yield scene, signals
     signals.close()

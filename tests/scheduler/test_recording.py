@@ -11,7 +11,7 @@ from tests.support.polling import until
 
 from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal
-from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef
+from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef, UpdateStatistics
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.rounds.events import GenerationBegan, Record, TimePassed
@@ -72,6 +72,9 @@ def applied(round_: int, *parts: Contribution, generation: int = 0, loss: float 
         loss=loss,
         update_norm=0.5,
         duration_s=4.0,
+        updates=tuple(
+            UpdateStatistics(worker=part.worker, norm=2.0, cosine=None, size_bytes=1) for part in parts
+        ),
     )
     return Record(entry, None, 0)
 
@@ -137,6 +140,7 @@ async def test_each_round_once_with_all_that_is_known(tmp_path: Path, server: Br
         await until(lambda: len(of(server, "a", "loss")) == 3, 30)
     assert of(server, "a", "loss") == [(1, 1.0), (2, 0.5), (2, 0.25)]
     assert of(server, "b", "samples") == [(2, 64.0)]
+    assert (of(server, "b", "update_norm"), of(server, "b", "update_cosine")) == ([(2, 2.0)], [])
     # JSON has no such number
     assert of(server, "b", "loss") == []
     assert of(server, "digits", "loss") == [(1, 2.0), (2, 2.0), (2, 2.0)]

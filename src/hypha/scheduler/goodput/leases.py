@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from hypha.journal import JournalEntry
 from hypha.messages import ExecutorClass
@@ -45,9 +45,11 @@ class GoodputLeases:
         #: something was missing in the open round
         self._disturbed = True
 
-    def _member(self, peer: str) -> Member | None:
+    @property
+    def _members(self) -> Mapping[str, Member]:
+        """As the round machine knows them, by peer."""
         machine = self._machine()
-        return None if machine is None else machine.members.get(peer)
+        return {} if machine is None else machine.members
 
     def _take_renewal(self, entry: JournalEntry, lease: str, now: int) -> None:
         if isinstance(entry.event, Renewed):
@@ -110,7 +112,7 @@ class GoodputLeases:
             lease, peer = next(iter(self._spare.items()))
             del self._spare[lease]
             self._occupy(place, peer, lease, now)
-            place.joined = self._member(peer) is not None
+            place.joined = peer in self._members
 
     def _fail(self, place: GoodputPlace, reason: FailureReason, sign: int, now: int) -> None:
         """What is at the place is lost; its last sign of life was at ``sign``."""

@@ -140,6 +140,9 @@ class Goodput(GoodputLeases):
             return []
         # a machine's first entry is made before it gets the time
         now = self.now = max(self.now, nanoseconds(entry.at_s))
+        if isinstance(entry.event, events.SliceAsked):
+            # there are many, and they move nothing but slices
+            return []
         if entry.machine == ROUNDS:
             self._take_round(entry, now)
         elif entry.machine == ALLOCATOR:
@@ -158,8 +161,9 @@ class Goodput(GoodputLeases):
             self._begin_generation(event, reached, now)
             return
         self._take_event(event, now)
+        members = self._members
         for place in self.places:
-            if place.joined and self._member(place.peer) is None:
+            if place.joined and place.peer not in members:
                 self._gone(place, entry, now)
         for action in entry.actions:
             match action:
@@ -179,7 +183,7 @@ class Goodput(GoodputLeases):
         match event:
             case events.Joined(ref=ref, kind="train"):
                 if (place := self._place_of(ref.peer)) is not None:
-                    place.joined = self._member(ref.peer) is not None
+                    place.joined = ref.peer in self._members
                     place.counted = False
             case events.Joined(ref=ref):
                 self._server, self._server_sign = ref.peer, now
@@ -207,9 +211,10 @@ class Goodput(GoodputLeases):
 
     def _running(self, peer: str, incarnation: str) -> GoodputPlace | None:
         """Where that executor of ``peer`` is the one that the round machine knows."""
-        place, member = self._place_of(peer), self._member(peer)
-        known = place is not None and place.joined and member is not None
-        return place if known and member is not None and member.incarnation == incarnation else None
+        place, member = self._place_of(peer), self._members.get(peer)
+        if place is None or not place.joined or member is None or member.incarnation != incarnation:
+            return None
+        return place
 
     def _heard(self, place: GoodputPlace, incarnation: str, now: int) -> None:
         """Its executor runs. Where another one trained last, that one is over, and nobody has reported it."""
@@ -306,8 +311,9 @@ class Goodput(GoodputLeases):
     def _look(self, now: int) -> None:
         """Each place does what follows from all that."""
         short = self._server_lease is None or any(not place.peer for place in self.places)
+        members = self._members
         for place in self.places:
-            member = self._member(place.peer) if place.joined else None
+            member = members.get(place.peer) if place.joined else None
             if member is not None and not self._over:
                 self._follow(place, member, now)
             if place.effort is None:

@@ -38,8 +38,6 @@ _SETTINGS: dict[str, Any] = {
     "update_encoding": True,
     "seed": True,
 }
-#: what a worker's snapshot shows of its last update, where it was measured
-_OF_UPDATES = ("update_norm", "update_cosine")
 
 
 def settings_of(job: JobConfig, start: Start) -> dict[str, Any]:
@@ -87,7 +85,7 @@ class Recording:
                 round=entry.round + 1,
                 at=at,
                 values=_finite(self._of_job(entry, snapshot)),
-                workers=_of_workers(entry, snapshot),
+                workers=_of_workers(entry),
             )
             for sink in self.sinks:
                 sink.put(values)
@@ -112,17 +110,14 @@ class Recording:
         return values
 
 
-def _of_workers(entry: LedgerRound, snapshot: JobSnapshot) -> dict[str, dict[str, float]]:
-    shown = {worker.peer: worker for worker in snapshot.workers}
-    found = {}
-    for part in entry.contributors:
-        figures = {"loss": part.loss, "samples": float(part.samples)}
-        for name in _OF_UPDATES:
-            value = getattr(shown.get(part.worker), name, None)
-            if value is not None:
-                figures[name] = value
-        found[part.worker] = _finite(figures)
-    return found
+def _of_workers(entry: LedgerRound) -> dict[str, dict[str, float]]:
+    found = {part.worker: {"loss": part.loss, "samples": float(part.samples)} for part in entry.contributors}
+    for one in entry.updates:
+        if one.worker in found:
+            found[one.worker]["update_norm"] = one.norm
+            if one.cosine is not None:
+                found[one.worker]["update_cosine"] = one.cosine
+    return {worker: _finite(figures) for worker, figures in found.items()}
 
 
 def _finite(values: dict[str, float]) -> dict[str, float]:

@@ -115,12 +115,11 @@ def snapshot_of(
 
 
 def _worker_snapshots(context: JobContext, machine: RoundMachine) -> tuple[WorkerSnapshot, ...]:
-    leases = {lease.worker.peer: lease.lease_id for lease in context.pool.leases if lease.kind == "train"}
-    versions = {lease.worker.peer: printable(lease.version) for lease in context.pool.leases}
+    leases = {lease.worker.peer: lease for lease in context.pool.leases if lease.kind == "train"}
     updates = context.progressed.updates
     shown = []
     for peer, member in machine.members.items():
-        update = updates.get(peer)
+        update, lease = updates.get(peer), leases.get(peer)
         worker = WorkerSnapshot(
             peer=peer,
             state=member.state(machine.round),
@@ -130,10 +129,10 @@ def _worker_snapshots(context: JobContext, machine: RoundMachine) -> tuple[Worke
             samples_per_s=member.samples_per_s,
             samples=member.total_samples,
             loss=member.loss if math.isfinite(member.loss) else None,
-            lease=leases.get(peer, ""),
+            lease="" if lease is None else lease.lease_id,
             update_norm=update.norm if update is not None else None,
             update_cosine=update.cosine if update is not None else None,
-            version=versions.get(peer, ""),
+            version="" if lease is None else printable(lease.version),
             name=name_of(peer),
             idle_share=member.idle_share,
         )
