@@ -37,7 +37,7 @@ from hypha.cli.chaos.measuring import (
     goodput,
     recovery_s,
 )
-from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, InjectedFault, judge, show
+from hypha.cli.chaos.report import ChaosReport, InjectedFault, show
 from hypha.cli.chaos.run import ChaosOptions, parse_faults, run_chaos
 from hypha.cli.chaos.striking import RESTART_S, TARGETS, plan
 from hypha.cli.local.children import Children, NetworkFailed
@@ -144,7 +144,7 @@ def test_goodput_is_measured_against_the_faster_calm_stretch() -> None:
     stretches = [RoundSpan(0, 10, 0, 10), RoundSpan(10, 30, 10, 26), RoundSpan(30, 40, 26, 34)]
     seen = applied(*((float(number + 1), number) for number in range(34)))
     struck = [InjectedFault(12.5, 2.5, "worker", "kill", "worker-1", 12)]
-    report = judge(ChaosMeasurements(stretches, seen, dict.fromkeys(range(34), 100), struck))
+    report = ChaosReport(stretches, seen, dict.fromkeys(range(34), 100), struck)
     assert report.undisturbed == (100.0, 80.0)
     assert report.goodput == pytest.approx(0.8)
     assert report.rows[0].recovery_s == 0.5
@@ -153,7 +153,7 @@ def test_goodput_is_measured_against_the_faster_calm_stretch() -> None:
 
 
 def test_a_gap_in_the_ledger_is_a_failure() -> None:
-    report = judge(ChaosMeasurements([RoundSpan(0, 3, 0, 3)], applied((3.0, 2)), {0: 100, 2: 100}))
+    report = ChaosReport([RoundSpan(0, 3, 0, 3)], applied((3.0, 2)), {0: 100, 2: 100})
     assert "rounds [1] are missing" in report.failure
 
 
@@ -221,7 +221,7 @@ def test_without_a_reading_after_the_end_there_is_no_account() -> None:
 def judged(own: Account | None) -> ChaosReport:
     stretches = [RoundSpan(0, 10, 0, 10), RoundSpan(10, 30, 10, 26), RoundSpan(30, 40, 26, 34)]
     seen = applied(*((float(number + 1), number) for number in range(34)))
-    return judge(ChaosMeasurements(stretches, seen, dict.fromkeys(range(34), 100), own=own))
+    return ChaosReport(stretches, seen, dict.fromkeys(range(34), 100), own=own)
 
 
 def shown(report: ChaosReport) -> str:

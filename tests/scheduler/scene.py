@@ -28,23 +28,26 @@ from hypha.messages import (
 )
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.goodput.machine import Goodput
-from hypha.scheduler.goodput.report import GoodputNews, GoodputReport
+from hypha.scheduler.goodput.report import GoodputReport, Recovery
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
 from hypha.scheduler.leasing.renewal import NAME as RENEWAL
 from hypha.scheduler.leasing.renewal import Lapsed, RenewalFailed, Renewed
 from hypha.scheduler.rounds.events import (
     CarriedOver,
+    GenerationBegan,
     Input,
     Joined,
     ParticipantLeaves,
     ParticipantLost,
+    Record,
     Reported,
     SliceAsked,
     Told,
 )
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.policy import Rules, Start
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry.instruments import BADPUT_REASONS
 
 BATCHES, BATCH = 4, 10
@@ -73,8 +76,9 @@ class Scene:
 
     def __post_init__(self) -> None:
         self.now = 100.0
-        self.goodput = Goodput(self.places, self.now)
-        self.news: list[GoodputNews] = []
+        self.progressed = Progressed()
+        self.goodput = Goodput(self.places, self.now, lambda: getattr(self, "machine", None), self.progressed)
+        self.news: list[Recovery] = []
         self.journal = Journal(checked=True)
         self.journal.listeners.append(self._listen)
         self.lives: dict[str, int] = {}
@@ -85,6 +89,11 @@ class Scene:
             self.begin(self.start)
 
     def _listen(self, entry: JournalEntry) -> None:
+        if isinstance(entry.event, GenerationBegan):
+            self.progressed.cut(entry.event.start.round)
+        for action in entry.actions:
+            if isinstance(action, Record):
+                self.progressed.add(action.entry)
         self.news += self.goodput.handle(entry)
         self.goodput.validate()
 
@@ -247,6 +256,17 @@ class Scene:
         assert total == pytest.approx(found.places * found.wall_s, abs=1e-6)
         assert list(found.badput_s) == list(BADPUT_REASONS)
         return found
+
+    def steps(self) -> list[tuple[str, float]]:
+        """Reasons of failures, and what each was detected, replaced and caught up with after."""
+        return [
+            ("catch-up", one.catch_up_s)
+            if one.catch_up_s is not None
+            else ("replace", one.replace_s)
+            if one.replace_s is not None
+            else (one.reason, one.detect_s)
+            for one in self.news
+        ]
 
     def split(self) -> dict[str, float]:
         found = self.report()

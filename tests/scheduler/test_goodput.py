@@ -9,10 +9,10 @@ from hypha.messages import (
     CheckpointSaved,
     ExecutorError,
     ExecutorExited,
+    LedgerRound,
     UpdateRefused,
 )
 from hypha.scheduler.goodput.place import GoodputPlace
-from hypha.scheduler.goodput.report import FailureNoticed, RecoveryStep
 from hypha.scheduler.rounds.events import DataServed, GoesOn, JobRefused, Reachable, TimePassed, Unreachable
 from hypha.scheduler.rounds.policy import Rules, Start
 
@@ -122,12 +122,7 @@ def test_a_lost_worker_costs_until_another_trains_in_its_place() -> None:
     scene.at(19).update("c")
     scene.at(20).applied("a", "c")
     assert scene.report().recoveries[0].catch_up_s == 10.0
-    assert scene.news == [
-        FailureNoticed("train", "unreachable"),
-        RecoveryStep("detect", 4.0),
-        RecoveryStep("replace", 5.0),
-        RecoveryStep("catch-up", 10.0),
-    ]
+    assert scene.steps() == [("unreachable", 4.0), ("replace", 5.0), ("catch-up", 10.0)]
 
 
 def test_who_reports_before_the_round_machine_hears_that_its_lease_is_over_trains_at_no_place() -> None:
@@ -227,7 +222,7 @@ def test_what_an_executor_says_and_how_it_ends_is_one_failure() -> None:
     scene = Scene().opened()
     scene.at(5).tell("a", ExecutorError(kind="oom", message="out of memory"))
     scene.at(6).tell("a", ExecutorExited(exit_code=1, tail=""))
-    assert [type(one) for one in scene.news] == [FailureNoticed, RecoveryStep]
+    assert [one.reason for one in scene.news] == ["executor"]
 
 
 def test_a_worker_that_will_not_do_the_job_is_replaced() -> None:
@@ -235,7 +230,7 @@ def test_a_worker_that_will_not_do_the_job_is_replaced() -> None:
     scene.at(1).leased("ps", "a", "b")
     scene.at(2).joined("ps", "a", "b")
     scene.at(3).feed(JobRefused("b", "train", "no such executor"))
-    assert scene.news == [FailureNoticed("train", "refused"), RecoveryStep("detect", 0.0)]
+    assert scene.steps() == [("refused", 0.0)]
     scene.at(5)
     assert scene.split()["failure"] == 2.0
 
@@ -351,7 +346,9 @@ def test_of_an_executor_that_did_not_outlive_another_life_nobody_says_that_it_is
 
 def test_another_scheduler_counts_since_it_began_and_knows_the_samples_before() -> None:
     scene = Scene(start=None)
-    scene.goodput.resume(dict.fromkeys(range(7), 80))
+    scene.progressed.resume(
+        LedgerRound(round=number, theta="", contributors=(), samples=80) for number in range(7)
+    )
     scene.at(1).leased("ps", "a", "b")
     scene.at(2).begin(Start("job", 3, 7, 0, "t7", taken_over=True))
     scene.joined("ps", "a", "b")
@@ -433,11 +430,4 @@ def test_an_unknown_reason_is_found() -> None:
     scene = Scene().opened()
     scene.goodput.places[1].turn("idling", 105_000_000_000)
     with pytest.raises(AssertionError, match="no reasons"):
-        scene.at(6).feed(TimePassed())
-
-
-def test_a_member_that_was_missed_is_found() -> None:
-    scene = Scene().opened()
-    scene.goodput._members.pop("b")
-    with pytest.raises(AssertionError, match="are not"):
         scene.at(6).feed(TimePassed())

@@ -17,7 +17,7 @@ from hypha.journal import Journal, JournalEntry
 from hypha.messages import LedgerRound
 from hypha.scheduler.data.slices import SliceTracker
 from hypha.scheduler.durable.ledger import Ledger
-from hypha.scheduler.rounds.events import GenerationBegan, JobRefused
+from hypha.scheduler.rounds.events import GenerationBegan, JobRefused, Record
 from hypha.scheduler.rounds.policy import Start
 from hypha.scheduler.status import history as history_module
 from hypha.scheduler.status.history import (
@@ -132,7 +132,7 @@ def test_faults_are_kept_without_secrets() -> None:
 def test_a_round_that_is_done_again_is_not_counted_twice() -> None:
     world, history = watched(checkpoint_every=100)
     world.run(60, until=lambda: world.machine.round == 2 and world.workers["a"].batches > 3)
-    before = history.number
+    before = history.changes.count
     world.lose_server(0)
     changed = history.since(before)
     assert {(one.round, one.applied, one.discarded) for one in changed} == {
@@ -160,11 +160,13 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_it_does_not_understand_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
     world, history = watched()
-    broken = JournalEntry(0, 1.0, "rounds", object(), (object(),), "no state")
-    history.note(broken)
-    history.note(JournalEntry(0, 1.0, "rounds", None, None, {}))  # type: ignore[arg-type]
     world.run(60, until=lambda: world.machine.round == 1)
-    assert sum("something unforeseen" in record.getMessage() for record in caplog.records) <= 1
+    journal = Journal()
+    journal.listeners.append(history.note)
+    for _ in range(2):
+        journal.note("rounds", 100.0, None, [Record(None, None, 0)], {})  # type: ignore[arg-type]
+    assert sum("A listener of the journal failed" in one.getMessage() for one in caplog.records) == 1
+    assert [one.round for one in history.records] == [0]
 
 
 # --- on disk ------------------------------------------------------------------------------------------------
@@ -252,8 +254,8 @@ def test_a_record_that_cannot_be_written_costs_itself_alone(
 async def test_nothing_of_keeping_it_ends_the_job(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     history = History(wall=lambda: WALL)
     # what is no record stands for whatever is unforeseen
-    history._unsaved.append(object())  # type: ignore[arg-type]
-    history.finished.note()
+    history._put(record(0))
+    history._records[0, 0] = object()  # type: ignore[assignment]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keep_history, history, tmp_path)
     assert sum("is not kept any more" in one.getMessage() for one in caplog.records) == 1
@@ -264,7 +266,9 @@ async def test_the_next_scheduler_shows_what_the_one_before_has_kept(tmp_path: P
     async with trio.open_nursery() as nursery:
         nursery.start_soon(keep_history, first, tmp_path)
         world.run(60, until=lambda: world.machine.round == 3)
-        await until(lambda: (tmp_path / FILE).exists() and not first.unsaved())
+        await until(
+            lambda: (tmp_path / FILE).exists() and len((tmp_path / FILE).read_bytes().splitlines()) == 3
+        )
         nursery.cancel_scope.cancel()
     kept = [
         msgspec.json.decode(line, type=RoundRecord) for line in (tmp_path / FILE).read_bytes().splitlines()

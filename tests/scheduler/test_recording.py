@@ -11,8 +11,9 @@ from tests.support.polling import until
 
 from hypha.config.models import SchedulerConfig
 from hypha.journal import Journal
-from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef
+from hypha.messages import Contribution, LedgerRound, OuterOptimizer, PeerRef, UpdateStatistics
 from hypha.scheduler.data.slices import SliceTracker
+from hypha.scheduler.goodput.report import GoodputReport
 from hypha.scheduler.rounds.events import GenerationBegan, Record, TimePassed
 from hypha.scheduler.rounds.policy import CarriedOver, Rules, Start
 from hypha.scheduler.status.recording import recording, settings_of
@@ -71,6 +72,9 @@ def applied(round_: int, *parts: Contribution, generation: int = 0, loss: float 
         loss=loss,
         update_norm=0.5,
         duration_s=4.0,
+        updates=tuple(
+            UpdateStatistics(worker=part.worker, norm=2.0, cosine=None, size_bytes=1) for part in parts
+        ),
     )
     return Record(entry, None, 0)
 
@@ -82,6 +86,21 @@ def began(config: SchedulerConfig, generation: int, round_: int) -> GenerationBe
         SliceTracker([60, 60]).to_state(),
         PeerRef(peer="scheduler"),
         CarriedOver(),
+    )
+
+
+def goodput(samples_per_s: float) -> GoodputReport:
+    return GoodputReport(
+        wall_s=8.0,
+        places=2,
+        goodput_s=8.0,
+        pending_s=0.0,
+        badput_s={},
+        samples=64,
+        samples_per_s=samples_per_s,
+        calm_samples_per_s=None,
+        runtime=None,
+        scheduling=1.0,
     )
 
 
@@ -107,23 +126,21 @@ async def test_each_round_once_with_all_that_is_known(tmp_path: Path, server: Br
         assert feeding is not None
         journal.note("rounds", 0.0, began(config, 0, 0), (), {})
         journal.note("rounds", 1.0, TimePassed(), (applied(0, part("a", 0, 1.0)),), {})
-        # it is in the books again when a late report makes it complete
-        both = applied(0, part("a", 0, 1.0), part("b", 0, 3.0))
-        journal.note("rounds", 1.1, TimePassed(), (both,), {})
-        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=64, elapsed_s=8.0, epoch=1))
+        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=64, goodput=goodput(8.0), epoch=1))
         journal.note(
             "rounds", 2.0, TimePassed(), (applied(1, part("a", 1, 0.5), part("b", 1, float("nan"))),), {}
         )
-        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=192, elapsed_s=12.0, epoch=1))
+        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=192, goodput=goodput(16.0), epoch=1))
         # nothing new
-        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=192, elapsed_s=12.2, epoch=1))
+        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=192, goodput=goodput(15.7), epoch=1))
         # a life that goes back to round 1
         journal.note("rounds", 3.0, began(config, 1, 1), (), {})
         journal.note("rounds", 4.0, TimePassed(), (applied(1, part("a", 1, 0.25), generation=1),), {})
-        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=128, elapsed_s=16.0, epoch=1))
+        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=128, goodput=goodput(8.0), epoch=1))
         await until(lambda: len(of(server, "a", "loss")) == 3, 30)
     assert of(server, "a", "loss") == [(1, 1.0), (2, 0.5), (2, 0.25)]
     assert of(server, "b", "samples") == [(2, 64.0)]
+    assert (of(server, "b", "update_norm"), of(server, "b", "update_cosine")) == ([(2, 2.0)], [])
     # JSON has no such number
     assert of(server, "b", "loss") == []
     assert of(server, "digits", "loss") == [(1, 2.0), (2, 2.0), (2, 2.0)]
@@ -133,17 +150,19 @@ async def test_each_round_once_with_all_that_is_known(tmp_path: Path, server: Br
     assert journal.listeners == []
 
 
-async def test_a_resumed_job_counts_its_own_goodput(tmp_path: Path, server: Bridge) -> None:
+async def test_a_resumed_job_has_the_samples_from_before_and_without_an_account_no_goodput(
+    tmp_path: Path, server: Bridge
+) -> None:
     config = config_of(tmp_path, {"type": "http", "url": server.url})
     journal = Journal()
     async with recording(config, journal) as feeding:
         assert feeding is not None
         journal.note("rounds", 0.0, began(config, 1, 100), (), {})
-        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=6400, elapsed_s=1.0))
+        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=6400))
         journal.note("rounds", 1.0, TimePassed(), (applied(100, part("a", 100, 1.0), generation=1),), {})
-        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=6464, elapsed_s=4.0))
+        feeding.see(JobSnapshot("digits", job_id="digits-0123", samples=6464))
         await until(lambda: bool(of(server, "a", "samples")), 30)
-    assert of(server, "digits", "goodput") == [(101, 16.0)]
+    assert of(server, "digits", "goodput") == []
     assert of(server, "digits", "samples") == [(101, 6464.0)]
 
 

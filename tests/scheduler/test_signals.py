@@ -24,7 +24,7 @@ from hypha.scheduler.rounds.events import ParticipantLost as ServerLost
 from hypha.scheduler.rounds.events import Publish
 from hypha.scheduler.status.round_traces import RoundTraces
 from hypha.scheduler.status.signals import JobMetrics
-from hypha.scheduler.status.snapshot import Progressed
+from hypha.scheduler.status.snapshot import JobSnapshot, Progressed
 from hypha.telemetry import instruments as metrics
 from hypha.telemetry.metrics import Instrument
 from hypha.tracing import round_traceparent
@@ -108,7 +108,7 @@ def test_a_job_that_is_short_of_leases_says_for_how_long(
     allocator = Allocator([TRAIN, SERVER], journal=journal)
     found = metrics_of(journal)
     monkeypatch.setattr("trio.current_time", lambda: 7.0)
-    with found.shown(lambda: "allocating"):
+    with found.shown(lambda: JobSnapshot("digits", state="allocating")):
         allocator.handle(Want("train", 2), 1.0)
         allocator.handle(Want("aggregate", 1), 2.0)
         assert signals.reading(metrics.ALLOCATION_WAIT, kind="train") == 6.0
@@ -152,7 +152,7 @@ def test_a_lease_that_ends_before_its_job_is_counted_by_the_reason(signals: Sign
 def test_a_jobs_rounds_samples_and_slices_are_counted(signals: Signals) -> None:
     world = World(rules(), repeat=0.2, journal=Journal(checked=True, kept=10**6))
     found = metrics_of(world.journal, world)
-    with found.shown(lambda: "training"):
+    with found.shown(lambda: JobSnapshot("digits", state="training")):
         world.begin()
         world.add(Worker("a", 0.05))
         world.add(Worker("b", 0.12))

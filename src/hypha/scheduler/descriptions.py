@@ -65,16 +65,6 @@ def inputs_of(names: dict[str, str] | list[str]) -> dict[str, str]:
     return dict(names) if isinstance(names, dict) else {name: name for name in names}
 
 
-def hub_reference(config: ModelConfig | PreprocessorConfig) -> HuggingFace:
-    """What is in its repository."""
-    return HuggingFace(
-        repository=config.repository or "",
-        revision=config.revision,
-        filenames=tuple(config.filenames),
-        token=config.token,
-    )
-
-
 def _source(config: ModelConfig | PreprocessorConfig, resource: str, scheduler: PeerRef) -> Reference | None:
     """None where an entrypoint makes it. Raises :class:`ConfigError` when it has no source, or several."""
     ways = ("path", "repository", "entrypoint") if isinstance(config, ModelConfig) else ("path", "repository")
@@ -83,7 +73,14 @@ def _source(config: ModelConfig | PreprocessorConfig, resource: str, scheduler: 
         raise ConfigError([problem])
     if config.path is not None:
         return Peers(peers=(scheduler,), resource=resource)
-    return hub_reference(config) if config.repository is not None else None
+    if config.repository is None:
+        return None
+    return HuggingFace(
+        repository=config.repository,
+        revision=config.revision,
+        filenames=tuple(config.filenames),
+        token=config.token,
+    )
 
 
 def class_names(config: ModelConfig, manifest: Manifest) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from hypha.scheduler.data.slices import TrackerState
 from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.durable.state_directory import CheckpointStore, StateDirectory
 from hypha.scheduler.job.states import JobResult
+from hypha.scheduler.rounds.events import Drop, LetGo, Told
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
 from hypha.scheduler.status.snapshot import JobSnapshot
 from hypha.simulation.configurations import JOB
@@ -186,7 +187,9 @@ class _Place(StateDirectory):
 
 
 class RoundWatch:
-    """Notes when rounds begin; :meth:`check` says which lasted longer than whatever was struck explains."""
+    """Notes when rounds begin; :meth:`check` says which lasted longer than whatever was struck explains, and
+    whether what was reported in another generation has ended somebody's part.
+    """
 
     #: an undisturbed round, the first one's loading and the export included
     PLAIN_S = 60.0
@@ -196,6 +199,8 @@ class RoundWatch:
 
     def __init__(self) -> None:
         self._began: list[tuple[float, int]] = []
+        self._members = 0
+        self._problems: list[str] = []
 
     def listen(self, entry: JournalEntry) -> None:
         if entry.machine != ROUNDS or isinstance(entry.state, str):
@@ -203,9 +208,15 @@ class RoundWatch:
         round_ = int(str(entry.state["round"]))
         if not self._began or self._began[-1][1] != round_:
             self._began.append((entry.at_s, round_))
+        before, self._members = self._members, int(str(entry.state["members"]))
+        event = entry.event
+        if isinstance(event, Told) and event.stamp.generation != entry.state["generation"]:
+            dropped = any(isinstance(action, Drop | LetGo) for action in entry.actions)
+            if self._members < before and not dropped:
+                self._problems.append(f"a report of generation {event.stamp.generation} ended a part")
 
     def check(self, struck: list[FaultOutcome], now: float) -> list[str]:
-        found = []
+        found = list(self._problems)
         ends = [*[began for began, _ in self._began[1:]], now]
         for (began, round_), end in zip(self._began, ends, strict=True):
             allowed_s = self.PLAIN_S
@@ -262,8 +273,8 @@ class LeaseWatch:
 
 
 class GoodputWatch:
-    """Looks at each of the scheduler's accounts: goodput and badput make the wall clock, and the samples are
-    those of the rounds that count. The account checks each place itself, as the journal is checked.
+    """Looks at each of the scheduler's accounts: goodput and badput make the wall clock. The account checks
+    each place itself, as the journal is checked.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -278,9 +289,6 @@ class GoodputWatch:
         total_s = report.places * report.wall_s
         if min(parts) < 0.0 or abs(math.fsum(parts) - total_s) > 1e-6 * max(1.0, total_s):
             self._tell(f"goodput and badput {parts} are not {report.places} x {report.wall_s} s")
-        # before there is a round machine, what is in the ledger is just being read
-        if snapshot.job_id and report.samples != snapshot.samples:
-            self._tell(f"goodput is of {report.samples} samples, the rounds of {snapshot.samples}")
 
 
 def check_goodput(world: World) -> list[str]:

@@ -144,7 +144,6 @@ class Gauge(Instrument):
     def __init__(self, name: str, unit: str, help_: str, *labels: Label) -> None:
         super().__init__(name, unit, help_, *labels)
         self._sources: list[Source] = []
-        self._values: dict[tuple[str, ...], float] = {}
         self._latest: tuple[Reading, ...] = ()
         self._unread = False
 
@@ -157,22 +156,11 @@ class Gauge(Instrument):
         finally:
             self._sources.remove(source)
 
-    def set(self, value: float, /, **labels: str) -> None:
-        """Show ``value`` until it is set again, or forgotten."""
-        attributes = self.attributes(labels)
-        if attributes != _OVERFLOW:
-            self._values[tuple(attributes[name] for name in self._known)] = value
-
-    def forget(self, **labels: str) -> None:
-        """Show nothing any more under these labels."""
-        self._values.pop(tuple(labels[name] for name in self._known), None)
-        self._seen.discard(tuple(labels[name] for name in self._known))
-
     def sample(self) -> None:
         """Read all sources; one that fails shows nothing, harms nobody, and is reported once."""
         unread: Exception | None = None
-        found = [(dict(zip(self._known, key, strict=True)), value) for key, value in self._values.items()]
-        self._seen = set(self._values)
+        found: list[Reading] = []
+        self._seen = set()
         for source in tuple(self._sources):
             try:
                 read = source()

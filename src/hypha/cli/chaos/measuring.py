@@ -9,11 +9,10 @@ account ends with its last reading and another begins at zero; what lies between
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import msgspec
@@ -193,30 +192,24 @@ def account(readings: Sequence[Reading], stretch: RoundSpan) -> Account | None:
     if begin is None or end is None or end.at <= begin.at:
         return None
     window = [one for one in readings if begin.at <= one.at <= end.at]
-    good_s, seen_s, unseen_s = 0.0, 0.0, 0.0
-    badput: Counter[str] = Counter()
-    last: Reading | None = None
-    for _, group in groupby(window, key=lambda one: one.scheduler):
-        readings_of_one = list(group)
-        newest = readings_of_one[-1].report
-        if last is None:
-            oldest = readings_of_one[0].report
-            good_s += newest.goodput_s - oldest.goodput_s
-            seen_s += newest.wall_s - oldest.wall_s
-            badput.update({key: value - oldest.badput_s[key] for key, value in newest.badput_s.items()})
-        else:
-            unseen_s += readings_of_one[0].at - readings_of_one[0].report.wall_s - last.at
-            good_s += newest.goodput_s
-            seen_s += newest.wall_s
-            badput.update(newest.badput_s)
-        last = readings_of_one[-1]
+    by_scheduler = [list(group) for _, group in groupby(window, key=lambda one: one.scheduler)]
+    # each counts since it began, and what the first one has from before the stretch is none of it
+    newest, before = [group[-1].report for group in by_scheduler], begin.report
+    seen_s = sum(one.wall_s for one in newest) - before.wall_s
+    unseen_s = sum(
+        following[0].at - following[0].report.wall_s - group[-1].at
+        for group, following in pairwise(by_scheduler)
+    )
     return Account(
-        samples=end.report.samples - begin.report.samples,
+        samples=end.report.samples - before.samples,
         wall_s=seen_s + max(0.0, unseen_s),
         seen_s=seen_s,
         places=end.report.places,
-        goodput_s=good_s,
-        badput_s=dict(badput),
+        goodput_s=sum(one.goodput_s for one in newest) - before.goodput_s,
+        badput_s={
+            reason: sum(one.badput_s[reason] for one in newest) - spent_s
+            for reason, spent_s in before.badput_s.items()
+        },
     )
 
 

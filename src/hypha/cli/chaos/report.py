@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +23,9 @@ from hypha.cli.printing import add_row, print_line, table_of
 
 @dataclass(frozen=True)
 class InjectedFault:
-    """A fault that was injected: when by the clock, and in the disturbed stretch."""
+    """A fault that was injected: when by the clock, and in the disturbed stretch. In a report, ``recovery_s``
+    is until the next applied round, and ``cost_s`` of calm training were lost until the next fault.
+    """
 
     struck: float
     at_s: float
@@ -31,6 +33,8 @@ class InjectedFault:
     how: str
     node: str
     round: int
+    recovery_s: float | None = None
+    cost_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,33 +47,58 @@ class UnexpectedEnd:
 
 
 @dataclass(frozen=True)
-class Row:
-    """``recovery_s`` until the next applied round, ``cost_s`` of calm training lost until the next fault."""
-
-    at_s: float
-    role: str
-    how: str
-    node: str
-    round: int
-    recovery_s: float | None
-    cost_s: float
-
-
-@dataclass(frozen=True)
 class ChaosReport:
-    """Rates are in samples a second; ``failure`` says why the job did not survive, empty when it did.
-    ``own`` is the disturbed stretch by the scheduler's own account, where there is one.
+    """What was seen of a run, and what follows; rates are in samples a second. ``stretches`` are calm,
+    disturbed, calm; fewer when the job got stuck in one, and ``stuck`` says how. ``samples`` are those of the
+    rounds that count, by round. ``own`` is the disturbed stretch by the scheduler's own account, where there
+    is one.
     """
 
-    rows: tuple[Row, ...]
-    undisturbed: tuple[float, ...]
-    disturbed: float
-    seconds: float
-    rounds: int
-    generation: int
-    ended: tuple[UnexpectedEnd, ...]
-    failure: str
+    stretches: Sequence[RoundSpan]
+    applied: Sequence[Applied]
+    samples: Mapping[int, int]
+    struck: Sequence[InjectedFault] = ()
+    ended: Sequence[UnexpectedEnd] = ()
+    generation: int = 0
+    stuck: str = ""
     own: Account | None = None
+
+    @property
+    def undisturbed(self) -> tuple[float, ...]:
+        """The rates of the calm stretches."""
+        return tuple(goodput(one, self.samples) for one in (*self.stretches[:1], *self.stretches[2:]))
+
+    @property
+    def disturbed(self) -> float:
+        return sum(goodput(one, self.samples) for one in self.stretches[1:2])
+
+    @property
+    def seconds(self) -> float:
+        """How long the disturbed stretch lasted."""
+        return sum(one.wall_s for one in self.stretches[1:2])
+
+    @property
+    def rounds(self) -> int:
+        return self.stretches[-1].stop if self.stretches else 0
+
+    @property
+    def failure(self) -> str:
+        """Why the job did not survive, empty when it did."""
+        missing = gaps(self.samples, self.rounds)
+        return self.stuck or (f"rounds {missing[:10]} are missing in the ledger" if missing else "")
+
+    @property
+    def rows(self) -> list[InjectedFault]:
+        """The faults, with what each cost."""
+        ends = [one.ended for one in self.stretches[1:2]] or [one.at for one in self.applied[-1:]] or [0.0]
+        times, calm = [one.struck for one in self.struck], max(self.undisturbed, default=0.0)
+        costs = [0.0] * len(times)
+        if calm > 0:
+            costs = costs_s(times, ends[0], self.applied, self.samples, calm)
+        return [
+            replace(one, recovery_s=recovery_s(one.struck, self.applied), cost_s=cost)
+            for one, cost in zip(self.struck, costs, strict=True)
+        ]
 
     @property
     def goodput(self) -> float:
@@ -99,64 +128,20 @@ class ChaosReport:
         return self.own is not None and self.own.adds_up and abs(difference or 0.0) <= TOLERANCE
 
     def to_json(self) -> dict[str, Any]:
+        names = ("goodput", "badput_s", "difference", "agrees", "undisturbed", "disturbed", "seconds")
         return {
-            "goodput": self.goodput,
             "survived": not self.failure,
-            "badput_s": self.badput_s,
-            "difference": self.difference,
-            "agrees": self.agrees,
-            **asdict(self),
+            **{name: getattr(self, name) for name in (*names, "rounds", "generation", "failure")},
+            "rows": [asdict(one) for one in self.rows],
+            "ended": [asdict(one) for one in self.ended],
+            "own": None if self.own is None else asdict(self.own),
         }
 
 
-@dataclass(frozen=True)
-class ChaosMeasurements:
-    """What was seen of a run. ``stretches`` are calm, disturbed, calm; fewer when the job got stuck in one.
-    ``samples`` are those of the rounds that count, by round.
-    """
-
-    stretches: Sequence[RoundSpan]
-    applied: Sequence[Applied]
-    samples: Mapping[int, int]
-    struck: Sequence[InjectedFault] = ()
-    ended: Sequence[UnexpectedEnd] = ()
-    generation: int = 0
-    failure: str = ""
-    own: Account | None = None
-
-
-def judge(measured: ChaosMeasurements) -> ChaosReport:
-    stretches, applied, samples = measured.stretches, measured.applied, measured.samples
-    failure, struck = measured.failure, measured.struck
-    disturbed = [goodput(one, samples) for one in stretches[1:2]]
-    calm = [goodput(one, samples) for one in (*stretches[:1], *stretches[2:])]
-    stop = stretches[-1].stop if stretches else 0
-    missing = gaps(samples, stop)
-    if missing and not failure:
-        failure = f"rounds {missing[:10]} are missing in the ledger"
-    end = stretches[1].ended if len(stretches) > 1 else (applied[-1].at if applied else 0.0)
-    times = [one.struck for one in struck]
-    costs = costs_s(times, end, applied, samples, max(calm)) if calm and max(calm) > 0 else [0.0] * len(times)
-    rows = [
-        Row(one.at_s, one.role, one.how, one.node, one.round, recovery_s(one.struck, applied), cost)
-        for one, cost in zip(struck, costs, strict=True)
-    ]
-    return ChaosReport(
-        tuple(rows),
-        tuple(calm),
-        disturbed[0] if disturbed else 0.0,
-        stretches[1].wall_s if len(stretches) > 1 else 0.0,
-        stop,
-        measured.generation,
-        tuple(measured.ended),
-        failure,
-        measured.own,
-    )
-
-
 def show(console: Console, report: ChaosReport) -> None:
+    rows = report.rows
     table = table_of("role", "how", "node", right=("time", "round", "next round after", "cost"))
-    for row in report.rows:
+    for row in rows:
         recovery = "never" if row.recovery_s is None else f"{row.recovery_s:.1f} s"
         at, cost = f"{row.at_s:.1f} s", f"{row.cost_s:.1f} s"
         add_row(table, row.role, row.how, row.node, at, str(row.round), recovery, cost)
@@ -166,7 +151,7 @@ def show(console: Console, report: ChaosReport) -> None:
     calm = " and ".join(f"{rate:.0f}" for rate in report.undisturbed) or "-"
     lines = (
         f"Undisturbed: {calm} samples/s, before and after.",
-        f"Disturbed:   {report.disturbed:.0f} samples/s, {len(report.rows)} faults in {report.seconds:.0f} s",
+        f"Disturbed:   {report.disturbed:.0f} samples/s, {len(rows)} faults in {report.seconds:.0f} s",
         f"Goodput:     {report.goodput:.1%}",
         f"The job has applied {report.rounds} rounds without a gap, in generation {report.generation}."
         if not report.failure

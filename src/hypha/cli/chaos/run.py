@@ -19,7 +19,7 @@ from rich.console import Console
 
 from hypha.cli.chaos.faults import How
 from hypha.cli.chaos.measuring import Accountant, Applied, LedgerFollower, RoundSpan, account
-from hypha.cli.chaos.report import ChaosMeasurements, ChaosReport, judge, show
+from hypha.cli.chaos.report import ChaosReport, show
 from hypha.cli.chaos.striking import Striker, Supervisor, plan
 from hypha.cli.local import lab
 from hypha.cli.local.children import NetworkFailed
@@ -112,7 +112,7 @@ async def _course(
     low, high = _CALM_S
     calm_s = max(low, min(high, options.seconds * _CALM_SHARE))
     stretches: list[RoundSpan] = []
-    failure = ""
+    stuck = ""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ledger.follow)
         nursery.start_soon(supervisor.run)
@@ -131,19 +131,18 @@ async def _course(
             stretches.append(await _stretch(ledger, calm_s))
             await accountant.caught_up(stretches[1], _READ_S)
         except* NetworkFailed as failed:
-            failure = str(failed.exceptions[0])
+            stuck = str(failed.exceptions[0])
         nursery.cancel_scope.cancel()
-    measured = ChaosMeasurements(
+    return ChaosReport(
         stretches,
         ledger.applied,
         ledger.samples(),
         struck=striker.struck,
         ended=supervisor.ended,
         generation=ledger.generation(),
-        failure=failure,
+        stuck=stuck,
         own=account(accountant.readings, stretches[1]) if len(stretches) > 1 else None,
     )
-    return judge(measured)
 
 
 async def _warm_up(network: Network, ledger: LedgerFollower) -> None:

@@ -12,7 +12,7 @@ from hypha.cli.running import run_until_signal
 from hypha.config.job import JobConfig
 from hypha.config.models import SchedulerConfig
 from hypha.config.reading.log_filter import parse_filter
-from hypha.errors import ConfigError, NetworkError, Problem
+from hypha.errors import ConfigError, NetworkError
 from hypha.naming import legible
 from hypha.net import Libp2pNode, open_node, options_from
 from hypha.scheduler.data.datasets import ServedDataset, find_dataset
@@ -58,28 +58,25 @@ async def _check(config: SchedulerConfig, job: JobConfig) -> None:
 async def _reach_gateways(node: Libp2pNode, addresses: list[str]) -> None:
     """One line each, in their order. Raises NetworkError when none is there."""
     results: dict[str, str] = {}
-    reached: set[str] = set()
 
     async def reach(address: str) -> None:
-        wanted = address.partition("/p2p/")[2]
+        place, _, wanted = address.partition("/p2p/")
         try:
             found = await node.who_is_at(address)
         except NetworkError as exc:
-            place = address.partition("/p2p/")[0]
             results[address] = f"NOT reached: {str(exc).removeprefix(f'{place}: ')}"
             return
         if wanted and found != wanted:
             results[address] = f"NOT reached: {found} is there instead; correct the address or its /p2p/ part"
-            return
-        reached.add(address)
-        results[address] = "reached" if wanted else f"reached: {found}"
+        else:
+            results[address] = "reached" if wanted else f"reached: {found}"
 
     async with trio.open_nursery() as nursery:
         for address in addresses:
             nursery.start_soon(reach, address)
     for address in addresses:
         typer.echo(f"gateway {address}: {results[address]}")
-    if not reached:
+    if not any(result.startswith("reached") for result in results.values()):
         raise NetworkError("no gateway can be reached: is one running, and are gateway_addresses right?")
 
 
@@ -106,5 +103,5 @@ def _show_findings(checked: Checked) -> None:
         if not finding.error:
             typer.echo(f"advice: {finding}")
     if errors := checked.errors:
-        raise ConfigError([Problem(one.key, one.message) for one in errors])
+        raise ConfigError(errors)
     typer.echo("OK: nothing is found that would keep the job from training")

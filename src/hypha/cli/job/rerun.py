@@ -10,7 +10,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -83,7 +83,7 @@ class _Machine:
     handle: Callable[[Any, float], object]
     kind: Any
     journal: Journal
-    given: _Given = field(default_factory=_Given)
+    given: _Given
 
 
 def print_rerun(journal: Path) -> int:
@@ -137,8 +137,8 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
         result.machines += event["type"] == "BookBegan"
         result.entries += 1
         return None
-    if event["type"] in _BEGIN:
-        machines[name] = machine = _BEGIN[event["type"]](event, now)
+    if event["type"].endswith("Began"):
+        machines[name] = machine = _made(msgspec.convert(event, _First), now)
         result.machines += 1
     elif name in machines:
         machine = machines[name]
@@ -148,23 +148,14 @@ def _tell(machines: dict[str, _Machine], entry: dict[str, Any], result: Rerun) -
         result.without_beginning += 1
         return None
     result.entries += 1
-    again = _noted(machine.journal)
-    if again is None:
-        return Difference(
-            entry["number"], name, _short(event), "actions", _short(entry["actions"]), "nothing"
-        )
+    noted = [json.loads(one.line()) for one in machine.journal.entries]
+    machine.journal.entries.clear()
+    again = noted[-1] if noted else {}
     for what in ("actions", "state"):
-        if not _equal(entry[what], again[what]):
-            then, differs = _short(entry[what]), _short(again[what])
+        if not _equal(entry[what], again.get(what)):
+            then, differs = _short(entry[what]), _short(again.get(what, "nothing"))
             return Difference(entry["number"], name, _short(event), what, then, differs)
     return None
-
-
-def _noted(journal: Journal) -> dict[str, Any] | None:
-    """What its machine noted last."""
-    found = journal.entries.pop() if journal.entries else None
-    journal.entries.clear()
-    return json.loads(found.line()) if found is not None else None
 
 
 def _equal(then: object, now: object) -> bool:
@@ -184,38 +175,25 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def _rounds(raw: Any, _: float) -> _Machine:
-    began = msgspec.convert(raw, events.GenerationBegan)
-    journal, tracker = Journal(), SliceTracker.from_state(began.tracker)
-    machine = rounds.RoundMachine(
-        began.rules, began.start, tracker, began.scheduler, began.carried, journal=journal
-    )
-    return _Machine(machine.handle, events.Input, journal)
+_First = events.GenerationBegan | allocation.AllocatorBegan | renewal.RenewalBegan | ArbiterBegan
 
 
-def _allocator(raw: Any, _: float) -> _Machine:
-    began, journal = msgspec.convert(raw, allocation.AllocatorBegan), Journal()
-    machine = allocator.Allocator(began.asks, began.pace, journal)
-    return _Machine(machine.handle, allocation.AllocatorEvent, journal)
-
-
-def _renewal(raw: Any, now: float) -> _Machine:
-    began, journal, given = msgspec.convert(raw, renewal.RenewalBegan), Journal(), _Given()
-    machine = renewal.Renewal(began.expires_in_s, now, given, journal=journal)
-    return _Machine(machine.handle, renewal.RenewalEvent, journal, given)
-
-
-def _arbiter(raw: Any, _: float) -> _Machine:
-    began, journal, given = msgspec.convert(raw, ArbiterBegan), Journal(), _Given()
-    capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
-    terms = OfferConfig.model_validate(began.terms)
-    machine = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal)
-    return _Machine(machine.handle, ArbiterEvent, journal, given)
-
-
-_BEGIN: dict[str, Callable[[Any, float], _Machine]] = {
-    "LifeBegan": _rounds,
-    "AllocatorBegan": _allocator,
-    "RenewalBegan": _renewal,
-    "ArbiterBegan": _arbiter,
-}
+def _made(began: _First, now: float) -> _Machine:
+    """The machine whose first entry has ``began`` as its event."""
+    journal, given = Journal(), _Given()
+    match began:
+        case events.GenerationBegan(rules=rules, start=start, scheduler=scheduler, carried=carried):
+            tracker = SliceTracker.from_state(began.tracker)
+            machine = rounds.RoundMachine(rules, start, tracker, scheduler, carried, journal=journal)
+            return _Machine(machine.handle, events.Input, journal, given)
+        case allocation.AllocatorBegan(asks=asks, pace=pace):
+            finding = allocator.Allocator(asks, pace, journal)
+            return _Machine(finding.handle, allocation.AllocatorEvent, journal, given)
+        case renewal.RenewalBegan(expires_in_s=expires_in_s):
+            renewing = renewal.Renewal(expires_in_s, now, given, journal=journal)
+            return _Machine(renewing.handle, renewal.RenewalEvent, journal, given)
+        case ArbiterBegan():
+            capacity = WorkerCapacity(began.total, began.executors, began.gpus, began.abilities)
+            terms = OfferConfig.model_validate(began.terms)
+            offering = arbiter.Arbiter(capacity, terms, given.worker, given.lease_id, journal)
+            return _Machine(offering.handle, ArbiterEvent, journal, given)

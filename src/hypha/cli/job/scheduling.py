@@ -189,17 +189,17 @@ class JobPage:
 
     def begin(self) -> Callable[[], Iterable[Message]]:
         """For one viewer: everything at first, then what is new."""
-        history, replaced, number = self.history, -1, 0
+        history, replaced, seen = self.history, -1, 0
 
         def news() -> list[Message]:
-            nonlocal replaced, number
+            nonlocal replaced, seen
             messages: list[Message] = []
             rounds: tuple[RoundRecord, ...] = ()
             if replaced != history.replaced:
                 messages.append(("past", Past(history.records)))
             else:
-                rounds = history.since(number)
-            replaced, number = history.replaced, history.number
+                rounds = history.since(seen)
+            replaced, seen = history.replaced, history.changes.count
             now = Now(self.status(), rounds, history.open_round(trio.current_time()))
             return [*messages, ("now", now)]
 

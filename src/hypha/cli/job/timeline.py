@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +41,6 @@ _NAMES = {
     7: "parameter server: broadcast",
     _SERVER_LOADING: "parameter server: loading",
 }
-
 
 Args = dict[str, str | int | float | None]
 
@@ -91,7 +89,7 @@ def trace_events(records: Sequence[RoundRecord]) -> list[TraceEvent]:
     events = [
         event
         for record, length_s in zip(records, _lengths(records), strict=True)
-        for event in _of_round(record, _RoundTime(max(0.0, record.began - start), length_s), nodes)
+        for event in _of_round(record, max(0.0, record.began - start), length_s, nodes)
     ]
     used = {(event.pid, event.tid) for event in events}
     # what is around something comes before it
@@ -130,45 +128,36 @@ def _metadata(
         yield TraceEvent("M", "thread_name", pid, tid, args={"name": name})
 
 
-@dataclass(frozen=True)
-class _RoundTime:
-    """Where a round lies in the timeline. What it holds is counted from its start, and cut at its end."""
+def _of_round(
+    record: RoundRecord, at_s: float, length_s: float, nodes: dict[str, int]
+) -> Iterator[TraceEvent]:
+    """The round lies at ``at_s`` in the timeline. What it holds is counted from there, and cut at its end."""
 
-    at_s: float
-    length_s: float
+    def microseconds(within_s: float) -> int:
+        return round((at_s + min(within_s, length_s)) * 1e6)
 
-    def microseconds(self, within_s: float) -> int:
-        return round((self.at_s + min(within_s, self.length_s)) * 1e6)
-
-    def event(self, name: str, pid: int, tid: int, span: Span, args: Args) -> TraceEvent:
-        begin, end = self.microseconds(span.from_s), self.microseconds(span.to_s)
+    def lasting(name: str, pid: int, tid: int, span: Span, args: Args) -> TraceEvent:
+        begin, end = microseconds(span.from_s), microseconds(span.to_s)
         return TraceEvent("X", name, pid, tid, ts=begin, dur=max(0, end - begin), args=args)
 
-
-def _of_round(record: RoundRecord, time: _RoundTime, nodes: dict[str, int]) -> Iterator[TraceEvent]:
+    of: Args = {"round": record.round + 1}
     about: Args = {
-        "round": record.round + 1,
+        **of,
         "generation": record.generation,
         "samples": record.samples,
         "loss": record.loss,
         "update_norm": record.update_norm,
         "outcome": "done again" if record.discarded else "applied" if record.applied else "cut short",
     }
-    whole = Span("waiting", 0.0, time.length_s)
-    yield time.event(f"round {record.round + 1}", _SCHEDULER, 0, whole, about)
+    whole = Span("waiting", 0.0, length_s)
+    yield lasting(f"round {record.round + 1}", _SCHEDULER, 0, whole, about)
     for worker in record.workers:
-        part: Args = {
-            "round": record.round + 1,
-            "samples": worker.samples,
-            "batches": worker.batches,
-            "loss": worker.loss,
-        }
+        part: Args = {**of, "samples": worker.samples, "batches": worker.batches, "loss": worker.loss}
         for span in worker.spans:
-            yield time.event(span.kind, nodes[worker.peer], _TRACKS[span.kind], span, part)
+            yield lasting(span.kind, nodes[worker.peer], _TRACKS[span.kind], span, part)
     for span in record.server_spans if record.server else ():
         track = _SERVER_LOADING if span.kind == "loading" else _TRACKS[span.kind]
-        yield time.event(span.kind, nodes[record.server], track, span, {"round": record.round + 1})
+        yield lasting(span.kind, nodes[record.server], track, span, of)
     for fault in record.faults:
-        pid = nodes.get(fault.peer, _SCHEDULER)
-        args: Args = {"round": record.round + 1, "text": fault.text}
-        yield TraceEvent("i", fault.what, pid, 0, ts=time.microseconds(fault.at_s), s="p", args=args)
+        pid, args = nodes.get(fault.peer, _SCHEDULER), {**of, "text": fault.text}
+        yield TraceEvent("i", fault.what, pid, 0, ts=microseconds(fault.at_s), s="p", args=args)

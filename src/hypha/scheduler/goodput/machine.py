@@ -1,8 +1,8 @@
 """What the time of a job's worker places goes to: goodput, and badput by reason. A pure machine.
 
-It is fed with the journal of the round machine, the allocator and the renewals, and follows what they were
-told and decided; they do not know of it. For every worker that the job wants there is a place, whose every
-nanosecond since the scheduler began is in exactly one of:
+It is fed with the journal of the round machine, the allocator and the renewals, and reads what the round
+machine knows of its members after each entry; they do not know of it. For every worker that the job wants
+there is a place, whose every nanosecond since the scheduler began is in exactly one of:
 
 - goodput: batches, where their update is in an applied round that counts;
 - ``allocating``: nobody is leased for the place, or no parameter server;
@@ -23,41 +23,58 @@ goodput becomes ``replayed``. :meth:`Goodput.certain` is what cannot change any 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from statistics import median
 
 from hypha.journal import JournalEntry
-from hypha.messages import (
-    ExecutorError,
-    ExecutorExited,
-    LedgerRound,
-    Loaded,
-    Plan,
-    RoundStarted,
-    UpdateReceived,
-)
-from hypha.scheduler.goodput.members import NANOSECONDS, GoodputMembers, TrainingMember, nanoseconds
-from hypha.scheduler.goodput.place import TRAINING, GoodputPlace
-from hypha.scheduler.goodput.report import GoodputNews, GoodputReport, reason_of
+from hypha.messages import ExecutorError, ExecutorExited, LedgerRound, RoundStarted
+from hypha.scheduler.goodput.leases import NANOSECONDS, GoodputLeases, nanoseconds
+from hypha.scheduler.goodput.place import TRAINING, Effort, GoodputPlace
+from hypha.scheduler.goodput.report import FailureReason, GoodputReport, Recovery, hung_for_s, reason_of
 from hypha.scheduler.leasing.allocator import NAME as ALLOCATOR
 from hypha.scheduler.leasing.renewal import NAME as RENEWAL
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds.machine import NAME as ROUNDS
-from hypha.scheduler.rounds.state import OPEN
+from hypha.scheduler.rounds.participants import Member
+from hypha.scheduler.rounds.state import OPEN, RoundState
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry.instruments import BADPUT_REASONS
 
+#: of whose rates the median is what an undisturbed job does
+CALM_ROUNDS = 50
+#: nobody has been busy in a round for longer
+_LONGEST_BUSY_S = 1e9
 
-class Goodput(GoodputMembers):
+
+class Goodput(GoodputLeases):
     """Of a job that wants ``places`` workers, whose scheduler began at ``began`` (seconds of the clock that
-    the journal's entries have).
+    the journal's entries have). ``machine`` gives the present round machine, None before there is one;
+    ``progressed`` has the rounds that count.
     """
 
-    def resume(self, samples: Mapping[int, int]) -> None:
-        """An earlier scheduler of the job has left these ``samples``, by round."""
-        self._samples = dict(samples)
-        self._total, self._here = sum(samples.values()), 0
-        self._first = max(samples, default=-1) + 1
+    def __init__(
+        self, places: int, began: float, machine: Callable[[], RoundState | None], progressed: Progressed
+    ) -> None:
+        super().__init__(places, began, machine)
+        self._progressed = progressed
+        #: the generation's parameter server is lost
+        self._over = False
+        self._phase = "loading"
+        self._round = 0
+        #: who began a round that is not open yet: which one, and when that was reported
+        self._early: dict[str, tuple[int, int]] = {}
+        self._server = ""
+        self._server_down = False
+        self._unserved = 0
+        self._unserved_since: int | None = None
+        #: rounds that count from this one on were applied by this scheduler; None before it has begun
+        self._first: int | None = None
+        #: the newest durable checkpoint
+        self._checkpoint = 0
+        #: samples a second of rounds to which every place contributed and in which nothing failed
+        self._calm: deque[float] = deque(maxlen=CALM_ROUNDS)
 
     def report(self, now: float) -> GoodputReport:
         """As far as is known at ``now``; after the job's end, as it was then."""
@@ -66,7 +83,8 @@ class Goodput(GoodputMembers):
         for place in self.places:
             place.add_to(total, at)
         wall_s = (at - self.began) / NANOSECONDS
-        rate = self._here / wall_s if wall_s > 0 else 0.0
+        here = 0 if self._first is None else self._progressed.samples_from(self._first)
+        rate = here / wall_s if wall_s > 0 else 0.0
         calm = median(self._calm) if self._calm else None
         wanted = len(self.places) * (at - self.began)
         return GoodputReport(
@@ -75,7 +93,7 @@ class Goodput(GoodputMembers):
             goodput_s=(total["goodput"] + total[TRAINING]) / NANOSECONDS,
             pending_s=total[TRAINING] / NANOSECONDS,
             badput_s={reason: total[reason] / NANOSECONDS for reason in BADPUT_REASONS},
-            samples=self._total,
+            samples=self._progressed.samples,
             samples_per_s=rate,
             calm_samples_per_s=calm,
             runtime=rate / calm if calm else None,
@@ -112,18 +130,19 @@ class Goodput(GoodputMembers):
             assert place.since <= self.now, f"place {number} turned in the future"
         leased = [place.peer for place in self.places if place.peer]
         assert len(leased) == len(set(leased)), f"a worker has two places: {leased}"
-        assert self._known in (None, len(self._members)), f"{self._known} are not {sorted(self._members)}"
-        assert self._total == sum(self._samples.values()), "samples were lost"
 
     def _at(self, now: float) -> int:
         return self.now if self.ended else max(self.now, nanoseconds(now))
 
-    def handle(self, entry: JournalEntry) -> list[GoodputNews]:
+    def handle(self, entry: JournalEntry) -> list[Recovery]:
+        """The failures that were noticed, or got over a step further."""
         if self.ended:
             return []
-        self._news = []
         # a machine's first entry is made before it gets the time
         now = self.now = max(self.now, nanoseconds(entry.at_s))
+        if isinstance(entry.event, events.SliceAsked):
+            # there are many, and they move nothing but slices
+            return []
         if entry.machine == ROUNDS:
             self._take_round(entry, now)
         elif entry.machine == ALLOCATOR:
@@ -131,87 +150,135 @@ class Goodput(GoodputMembers):
         elif entry.machine.startswith(f"{RENEWAL}:"):
             self._take_renewal(entry, entry.machine[len(RENEWAL) + 1 :], now)
         self._look(now)
-        return self._news
+        changed, self.recoveries.changed = self.recoveries.changed, []
+        return changed
 
     def _take_round(self, entry: JournalEntry, now: int) -> None:
-        event = entry.event
+        event, reached = entry.event, self._round
+        if isinstance(entry.state, Mapping):
+            self._phase, self._round = str(entry.state["phase"]), int(str(entry.state["round"]))
         if isinstance(event, events.GenerationBegan):
-            self._begin_generation(event, now)
-        elif isinstance(event, events.Reported):
-            self._reported(event, now)
-        elif isinstance(event, events.DataServed):
-            self._served(event.served, now)
-        elif not self._over and self._phase not in ("done", "failed"):
-            self._take_event(event, now)
+            self._begin_generation(event, reached, now)
+            return
+        self._take_event(event, now)
+        members = self._members
+        for place in self.places:
+            if place.joined and place.peer not in members:
+                self._gone(place, entry, now)
         for action in entry.actions:
             match action:
-                case events.Send(to=to, directive=Plan(round=round_, batches=batches)):
-                    self._planned(to.peer, round_, batches, now)
-                case events.Drop(peer=peer, kind="train"):
-                    self._gone(peer, "dropped", None, now)
-                case events.LetGo(peer=peer, kind="train"):
-                    self._left(peer, now)
                 case events.Record(entry=record):
                     self._recorded(record, now)
                 case events.Checkpointed(round=round_):
                     self._checkpoint = max(self._checkpoint, round_)
                 case events.Publish():
-                    self._checkpoint = self._round + 1
+                    self._checkpoint = self._round
                 case events.Restart(reason=reason):
                     self._server_lost(event, reason, now)
-        before = (self._phase, self._round)
-        if isinstance(entry.state, Mapping):
-            self._phase, self._round = str(entry.state["phase"]), int(str(entry.state["round"]))
-            takes_notice = not self._over and self._phase not in ("done", "failed")
-            self._known = int(str(entry.state["members"])) if takes_notice else None
-        if before != (self._phase, self._round) and self._phase != "loading" and not self._over:
-            self._opened(now)
+        if self._server_down and self._phase != "loading" and not self._over:
+            self._server_down = False
+            self.recoveries.replaced(None, now)
 
     def _take_event(self, event: object, now: int) -> None:
         match event:
             case events.Joined(ref=ref, kind="train"):
-                self._joined(ref.peer)
+                if (place := self._place_of(ref.peer)) is not None:
+                    place.joined = ref.peer in self._members
+                    place.counted = False
             case events.Joined(ref=ref):
                 self._server, self._server_sign = ref.peer, now
-            case events.ParticipantLost(peer=peer, kind="train", reason=reason):
-                self._gone(peer, reason_of(reason), None, now)
-            case events.JobRefused(peer=peer, kind="train"):
-                self._gone(peer, "refused", now, now)
-            case events.Unreachable(peer=peer, kind="train") if peer in self._members:
-                self._members[peer].absent = self._disturbed = True
-                self._touch_all()
-            case events.Reachable(peer=peer, kind="train") if peer in self._members:
-                self._members[peer].absent = False
-                self._touch_all()
-            case events.Told():
-                self._told(event, now)
+            case events.Unreachable(kind="train"):
+                self._disturbed = True
+            case events.DataServed(served=served):
+                self._unserved = self._unserved_by(now)
+                self._unserved_since = None if served else now
+            case events.Told(sender=sender, kind="aggregate") if sender == self._server:
+                self._server_sign = now
+            case events.Told(sender=sender, kind="train", incarnation=incarnation):
+                if (place := self._running(sender, incarnation)) is not None:
+                    self._heard(place, incarnation, now)
+                if isinstance(event.event, RoundStarted) and (
+                    event.event.round > self._round or self._phase == "loading"
+                ):
+                    self._early[sender] = event.event.round, now
+            case events.Reported(sender=sender, incarnation=incarnation):
+                if (place := self._running(sender, incarnation)) is not None:
+                    place.heard = now
+                    self._reported(place, event, now)
 
-    def _begin_generation(self, generation: events.GenerationBegan, now: int) -> None:
-        first, start = self._generation is None, generation.start
-        self._generation, self._over = generation, False
-        self._members, self._past, self._early = {}, set(), []
+    def _place_of(self, peer: str) -> GoodputPlace | None:
+        return next((place for place in self.places if place.peer == peer), None)
+
+    def _running(self, peer: str, incarnation: str) -> GoodputPlace | None:
+        """Where that executor of ``peer`` is the one that the round machine knows."""
+        place, member = self._place_of(peer), self._members.get(peer)
+        if place is None or not place.joined or member is None or member.incarnation != incarnation:
+            return None
+        return place
+
+    def _heard(self, place: GoodputPlace, incarnation: str, now: int) -> None:
+        """Its executor runs. Where another one trained last, that one is over, and nobody has reported it."""
+        if place.trainer is not None and place.trainer != incarnation:
+            self._fail(place, "executor", place.heard, now)
+            place.joined, place.counted = True, False
+        place.heard = now
+
+    def _reported(self, place: GoodputPlace, event: events.Reported, now: int) -> None:
+        report, effort = event.progress, place.effort
+        if effort is None or effort.of != (event.sender, report.round, report.attempt):
+            return
+        if report.batches > effort.batches and math.isfinite(report.busy_s):
+            effort.batches = report.batches
+            busy = nanoseconds(max(0.0, min(report.busy_s, _LONGEST_BUSY_S)))
+            place.report(busy, now, self._unserved_by(now))
+
+    def _gone(self, place: GoodputPlace, entry: JournalEntry, now: int) -> None:
+        """The round machine has lost the executor at the place. One that was let go, as its worker ends, is
+        no failure.
+        """
+        peer, training = place.peer, place.effort is not None
+        why: FailureReason = "dropped"
+        sign = place.last_sign
+        match entry.event:
+            case events.ParticipantLost(peer=lost, reason=reason) if lost == peer:
+                why = reason_of(reason)
+            case events.JobRefused(peer=refusing) if refusing == peer:
+                why, sign = "refused", now
+            case events.Told(sender=sender, event=ExecutorError() | ExecutorExited() as ended) if (
+                sender == peer
+            ):
+                # one that waits has nothing to report
+                why, sign = "executor", place.heard if training else now
+                silent_s = hung_for_s(ended.tail if isinstance(ended, ExecutorExited) else ended.message)
+                if silent_s is not None:
+                    why, sign = "hang", max(self.began, now - nanoseconds(silent_s))
+            case _ if any(isinstance(one, events.LetGo) and one.peer == peer for one in entry.actions):
+                place.over()
+                if training:
+                    place.turn("waiting-for-theta", now)
+                return
+        self._fail(place, why, sign, now)
+
+    def _begin_generation(self, generation: events.GenerationBegan, reached: int, now: int) -> None:
+        """The generation before, if there was one, had ``reached`` that round."""
+        first, start = self._first is None, generation.start
+        self._begun, self._over = True, False
+        self._first = start.round if self._first is None else min(self._first, start.round)
+        self._early.clear()
         self._server = ""
         self._disturbed = True
-        for number in [number for number in self._samples if number >= start.round]:
-            samples = self._samples.pop(number)
-            self._total -= samples
-            self._here -= samples if number >= self._first else 0
-        self._first = start.round if first else min(self._first, start.round)
         self._checkpoint = min(self._checkpoint, start.round)
-        if first and start.generation:
-            # whoever was leased before has nothing to do with this scheduler until it is noted here
-            for place in self._adopted:
+        for place in self.places:
+            place.joined = False
+            trained = place.effort is not None
+            if first and start.generation and place.peer:
+                # leased by an earlier scheduler, it has nothing to do with this one until it is noted here
                 place.lose(self.began, now)
-                place.stalled = True
-        elif start.round < self._round:
-            for place in self.places:
-                trained = place.effort is not None
+            elif not first and start.round < reached:
                 place.discard(start.round, now)
                 if trained:
                     place.lose(now, now)
-                    place.stalled = True
                 place.finished = None
-        self._touch_all()
 
     def _server_lost(self, event: object, reason: str, now: int) -> None:
         """The parameter server is gone, and this generation of the job with it."""
@@ -224,72 +291,13 @@ class Goodput(GoodputMembers):
         for place in self.places:
             if place.peer and place.effort is None and not place.failed:
                 place.lose(sign, now, keep_training=True)
-                place.stalled = True
-        self._news += self.recoveries.failed(None, self._server, why, sign, now)
+        self.recoveries.failed(None, self._server, why, sign, now)
 
-    def _opened(self, now: int) -> None:
-        """A round is open, or was: reports of it that came too early count now."""
-        if self._server_down:
-            self._server_down = False
-            self._news += self.recoveries.replaced(None, now)
-        early, self._early = self._early, []
-        for told, at in early:
-            self._told(told, at)
-
-    def _told(self, told: events.Told, now: int) -> None:
-        event = told.event
-        if not self._is_current(told.stamp):
-            return
-        if told.kind == "aggregate":
-            if told.sender == self._server:
-                self._server_sign = now
-                self._server_told(told, now)
-            return
-        member = self._members.get(told.sender)
-        other = member is not None and member.incarnation not in ("", told.incarnation)
-        if member is None or other or told.incarnation in self._past:
-            return
-        if isinstance(event, ExecutorError | ExecutorExited):
-            self._executor_failed(told.sender, member, event, now)
-            return
-        member.incarnation, member.absent = told.incarnation, False
-        self._heard(member, told.incarnation, now)
-        match event:
-            case Loaded():
-                member.loaded = True
-            case RoundStarted(round=round_):
-                if self._is_early(round_):
-                    self._keep_early(told, now)
-                else:
-                    self._started(told.sender, member, event, now)
-
-    def _keep_early(self, told: events.Told, now: int) -> None:
-        at = {id(one): when for one, when in self._early} | {id(told): now}
-        self._early = [(one, at[id(one)]) for one in events.with_early([one for one, _ in self._early], told)]
-
-    def _is_early(self, round_: int) -> bool:
-        return round_ == self._round + 1 or (round_ == self._round and self._phase == "loading")
-
-    def _server_told(self, told: events.Told, now: int) -> None:
-        update = told.event
-        if not isinstance(update, UpdateReceived):
-            return
-        if self._is_early(update.round):
-            self._keep_early(told, now)
-        elif update.round == self._round and update.worker in self._members:
-            member = self._members[update.worker]
-            member.started = self._round
-            self._done(update.worker, member, now)
-            member.accepted = True
-            if (place := member.place) is not None:
-                if place.stalled:
-                    self._back(place, now)
-                self._touched.add(place)
+    def _unserved_by(self, now: int) -> int:
+        since = self._unserved_since
+        return self._unserved + (0 if since is None else max(0, now - since))
 
     def _recorded(self, entry: LedgerRound, now: int) -> None:
-        self._samples[entry.round] = entry.samples
-        self._total += entry.samples
-        self._here += entry.samples
         contributors = {part.worker: part.incarnation for part in entry.contributors}
         inside = {place for place in self.places if place.peer in contributors}
         if not self._disturbed and len(inside) == len(self.places) and entry.duration_s > 0:
@@ -297,33 +305,54 @@ class Goodput(GoodputMembers):
         for place in self.places:
             place.applied(entry.round, contributors, now)
             place.finished = None
-        for member in self._members.values():
-            member.open_round()
         self._disturbed = any(place.failed or not place.peer for place in self.places)
-        self._news += self.recoveries.applied({*inside, None}, now)
+        self.recoveries.applied({*inside, None}, now)
 
     def _look(self, now: int) -> None:
         """Each place does what follows from all that."""
-        around = (self._round, self._phase, self._server_lease is None, self._server_down)
-        if not self._touched and around == self._mood[: len(around)]:
-            return
-        members = self._members.values()
-        present = sum(1 for member in members if member.loaded and not member.absent)
-        paused = self._generation is not None and present < self._generation.rules.min_workers
         short = self._server_lease is None or any(not place.peer for place in self.places)
-        mood = (*around, paused, short)
-        if mood != self._mood:
-            self._mood = mood
-            self._touch_all()
-        for place in self._touched:
+        members = self._members
+        for place in self.places:
+            member = members.get(place.peer) if place.joined else None
+            if member is not None and not self._over:
+                self._follow(place, member, now)
             if place.effort is None:
-                member = self._members.get(place.peer) if place.peer else None
                 if self._server_down and member is not None and member.loaded and not place.failed:
-                    place.failed = place.stalled = True
-                place.turn(self._reason(place, member, paused, short), now)
-        self._touched.clear()
+                    place.failed = True
+                place.turn(self._reason(place, member, short), now)
 
-    def _reason(self, place: GoodputPlace, member: TrainingMember | None, paused: bool, short: bool) -> str:
+    def _follow(self, place: GoodputPlace, member: Member, now: int) -> None:
+        """What its training executor does in the open round."""
+        if member.started != self._round or self._phase not in (*OPEN, "closing"):
+            return
+        of = (place.peer, member.started, member.attempt)
+        if member.fixed:
+            if place.effort is not None:
+                place.turn("waiting-for-theta", now)
+                place.finished = of
+            if member.accepted:
+                self._back(place, now)
+        elif member.started_at >= member.since and (place.effort is None or place.effort.of != of):
+            # it runs on the theta that it was sent last
+            early_round, early_at = self._early.pop(place.peer, (-1, now))
+            at = early_at if early_round == self._round else now
+            place.trainer = member.incarnation
+            if place.finished == of:
+                # reported again after another generation of the job began
+                self._back(place, at)
+                return
+            if member.attempt:
+                place.discard(member.started, at, before_attempt=member.attempt)
+            self._back(place, at)
+            place.train(Effort(*of, member.incarnation, self._unserved_by(at)), at)
+
+    def _back(self, place: GoodputPlace, at: int) -> None:
+        """What failed there, or the job's generation that it waited for, goes on."""
+        if place.failed:
+            place.failed = False
+            self.recoveries.replaced(place, at)
+
+    def _reason(self, place: GoodputPlace, member: Member | None, short: bool) -> str:
         if place.failed:
             return "failure"
         if self._phase in ("exporting", "done", "failed"):
@@ -338,5 +367,7 @@ class Goodput(GoodputMembers):
             # it was left out, and goes on with what counts no more until it gets the next theta
             return "replayed"
         if member.accepted and self._phase in OPEN:
+            machine = self._machine()
+            paused = machine is not None and machine.paused
             return "paused" if paused else "waiting-for-stragglers"
         return "waiting-for-theta"

@@ -18,25 +18,11 @@ KEPT_ROUNDS = 500
 _MANY = 64
 
 
-@dataclass(frozen=True)
-class Activity:
-    """``what`` a place did from ``start`` to ``end``; training by whom, for which attempt at a round, and by
-    which executor.
-    """
-
-    what: str
-    start: int
-    end: int
-    peer: str = ""
-    round: int = -1
-    attempt: int = 0
-    incarnation: str = ""
-
-
 @dataclass
 class Effort:
-    """What is known of the training under way: ``busy`` nanoseconds of ``known`` were spent in batches, and
-    in ``unserved`` of them no data node served. ``base``: busy before its first report.
+    """Training by whom, for which attempt at a round, and by which executor; while it is under way: ``busy``
+    nanoseconds of ``known`` were spent in batches, and in ``unserved`` of them no data node served. ``base``:
+    busy before its first report.
     """
 
     peer: str
@@ -44,10 +30,36 @@ class Effort:
     attempt: int
     incarnation: str
     unserved_before: int
+    #: of its newest report
+    batches: int = 0
     base: int | None = None
     busy: int = 0
     known: int = 0
     unserved: int = 0
+
+    @property
+    def of(self) -> tuple[str, int, int]:
+        return self.peer, self.round, self.attempt
+
+    def is_lost(self, first: int, before_attempt: int | None) -> bool:
+        """See :meth:`GoodputPlace.discard`."""
+        return self.round >= first and (before_attempt is None or self.attempt < before_attempt)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """``what`` a place did from ``start`` to ``end``; ``of`` which training, where it was that."""
+
+    what: str
+    start: int
+    end: int
+    of: Effort | None = None
+
+    def cut(self, at: int) -> list[Activity]:
+        """What was before ``at``, and what was after it."""
+        if not self.start < at < self.end:
+            return [self]
+        return [replace(self, end=at), replace(self, start=at)]
 
 
 @dataclass(eq=False)
@@ -56,11 +68,12 @@ class GoodputPlace:
 
     began: int
     peer: str = ""
-    lease: str = ""
+    #: the round machine knows its training executor
+    joined: bool = False
+    #: nobody trains here any more, and why has been counted
+    counted: bool = False
     #: something was lost here, and nobody trains in its place yet
     failed: bool = False
-    #: it waits for nothing but a parameter server, or for the scheduler to receive its worker
-    stalled: bool = False
     #: the executor that trained here last; for which worker, round and attempt its batches are done
     trainer: str | None = None
     finished: tuple[str, int, int] | None = None
@@ -86,15 +99,20 @@ class GoodputPlace:
     def last_sign(self) -> int:
         return max(self.heard, self.alive)
 
-    def occupy(self, peer: str, lease: str, now: int) -> None:
-        self.peer, self.lease, self.leased_since = peer, lease, now
+    def occupy(self, peer: str, now: int) -> None:
+        self.peer, self.leased_since = peer, now
         self.heard = self.alive = now
 
     def vacate(self, now: int) -> None:
         if self.leased_since is not None:
             self.leased += now - self.leased_since
-        self.peer = self.lease = ""
-        self.leased_since = None
+        self.peer, self.leased_since = "", None
+        self.joined = self.counted = False
+
+    def over(self) -> None:
+        """Nobody trains here any more, and why has been counted."""
+        self.joined, self.counted = False, True
+        self.trainer = self.finished = None
 
     def leased_by(self, now: int) -> int:
         """Nanoseconds in which somebody was leased for it."""
@@ -112,7 +130,6 @@ class GoodputPlace:
     def train(self, effort: Effort, at: int) -> None:
         self._close(at)
         self.what, self.effort = TRAINING, effort
-        self.failed = False
 
     def report(self, busy: int, now: int, unserved: int) -> None:
         """The training under way has spent ``busy`` nanoseconds in batches since its round began."""
@@ -152,8 +169,7 @@ class GoodputPlace:
                 found.append(Activity(what, at, at + length))
                 at += length
         if end > at:
-            of = (effort.peer, effort.round, effort.attempt, effort.incarnation)
-            found.append(Activity(TRAINING, at, end, *of))
+            found.append(Activity(TRAINING, at, end, effort))
         return found
 
     def lose(self, sign: int, now: int, keep_training: bool = False) -> None:
@@ -161,30 +177,24 @@ class GoodputPlace:
         With ``keep_training`` what failed is the parameter server, and training may count nevertheless.
         """
         self._close(now)
-        kept: list[Activity] = []
-        for one in self.pending:
-            if one.end <= sign or (keep_training and one.what == TRAINING):
-                kept.append(one)
-                continue
-            if one.start < sign:
-                kept.append(replace(one, end=sign))
-            kept.append(Activity("failure", max(one.start, sign), one.end))
-        self.pending = kept
+        self.pending = [
+            part
+            if part.end <= sign or (keep_training and part.of is not None)
+            else Activity("failure", part.start, part.end)
+            for one in self.pending
+            for part in one.cut(sign)
+        ]
         self.what, self.failed = "failure", True
 
     def discard(self, first: int, now: int, before_attempt: int | None = None) -> None:
         """Training for rounds from ``first`` on is for nothing. With ``before_attempt`` only that of the open
         round ``first`` which belongs to an earlier attempt.
         """
-
-        def is_lost(round_: int, attempt: int) -> bool:
-            return round_ >= first and (before_attempt is None or attempt < before_attempt)
-
-        if self.effort is not None and is_lost(self.effort.round, self.effort.attempt):
+        if self.effort is not None and self.effort.is_lost(first, before_attempt):
             self.turn("replayed", now)
         self.pending = [
             Activity("replayed", one.start, one.end)
-            if one.what == TRAINING and is_lost(one.round, one.attempt)
+            if one.of is not None and one.of.is_lost(first, before_attempt)
             else one
             for one in self.pending
         ]
@@ -201,9 +211,9 @@ class GoodputPlace:
             self.turn("waiting-for-theta" if self.peer in contributors else "replayed", now)
         kept: list[Activity] = []
         for one in self.pending:
-            if one.what != TRAINING or one.round > round_:
+            if one.of is None or one.of.round > round_:
                 kept.append(one)
-            elif one.round == round_ and contributors.get(one.peer) == one.incarnation:
+            elif one.of.round == round_ and contributors.get(one.of.peer) == one.of.incarnation:
                 self.goodput[round_] += one.end - one.start
                 self.good += one.end - one.start
             else:
@@ -221,14 +231,11 @@ class GoodputPlace:
 
     def _settle_pending(self, until: int) -> None:
         kept: list[Activity] = []
-        for one in self.pending:
-            if one.what == TRAINING or one.start >= until:
-                kept.append(one)
-                continue
-            end = min(one.end, until)
-            self.badput[one.what] += end - one.start
-            if end < one.end:
-                kept.append(replace(one, start=end))
+        for part in (part for one in self.pending for part in one.cut(until)):
+            if part.of is None and part.end <= until:
+                self.badput[part.what] += part.end - part.start
+            else:
+                kept.append(part)
         self.pending = kept
 
     def good_before(self, round_: int) -> int:

@@ -73,23 +73,6 @@ class GoodputReport(Struct, frozen=True):
         return self.goodput_s / total_s if total_s > 0 else 0.0
 
 
-class FailureNoticed(Struct, frozen=True, tag=True):
-    """An executor of ``kind``, or its worker, was lost or has failed."""
-
-    kind: ExecutorClass
-    reason: FailureReason
-
-
-class RecoveryStep(Struct, frozen=True, tag=True):
-    """A step of getting over a failure, that took ``seconds``."""
-
-    phase: Literal["detect", "replace", "catch-up"]
-    seconds: float
-
-
-GoodputNews = FailureNoticed | RecoveryStep
-
-
 def reason_of(text: str) -> FailureReason:
     """In one word, from the text of a lease's renewal or an executor's end."""
     if "nobody is there any more" in text:
@@ -119,11 +102,14 @@ class _Failure:
 
 
 class Recoveries:
-    """Times are nanoseconds since the same moment as ``began``."""
+    """Times are nanoseconds since the same moment as ``began``. ``changed`` grows with each failure that is
+    noticed, and each step of getting over one, until whoever reads it has emptied it.
+    """
 
     def __init__(self, began: int) -> None:
         self._began = began
         self._failures: deque[_Failure] = deque(maxlen=_TOLD)
+        self.changed: list[Recovery] = []
 
     @property
     def told(self) -> tuple[Recovery, ...]:
@@ -132,31 +118,24 @@ class Recoveries:
 
     def failed(
         self, place: GoodputPlace | None, peer: str, reason: FailureReason, sign: int, now: int
-    ) -> list[GoodputNews]:
+    ) -> None:
         """What was at ``place`` gave its last sign of life at ``sign``, and that it is lost was noticed."""
         kind: ExecutorClass = "aggregate" if place is None else "train"
-        detect_s = (now - sign) / 1e9
-        recovery = Recovery(kind, peer, reason, (now - self._began) / 1e9, detect_s)
+        recovery = Recovery(kind, peer, reason, (now - self._began) / 1e9, (now - sign) / 1e9)
         self._failures.append(_Failure(place, now, recovery))
-        return [FailureNoticed(kind, reason), RecoveryStep("detect", detect_s)]
+        self.changed.append(recovery)
 
-    def replaced(self, place: GoodputPlace | None, now: int) -> list[GoodputNews]:
+    def replaced(self, place: GoodputPlace | None, now: int) -> None:
         """Somebody trains at ``place`` again."""
-        found: list[GoodputNews] = []
         for one in self._failures:
             if one.place == place and one.told.replace_s is None:
-                seconds = (now - one.at) / 1e9
-                one.told = msgspec.structs.replace(one.told, replace_s=seconds)
-                found.append(RecoveryStep("replace", seconds))
-        return found
+                one.told = msgspec.structs.replace(one.told, replace_s=(now - one.at) / 1e9)
+                self.changed.append(one.told)
 
-    def applied(self, contributing: set[GoodputPlace | None], now: int) -> list[GoodputNews]:
+    def applied(self, contributing: set[GoodputPlace | None], now: int) -> None:
         """A round was applied with the updates of these places; None stands for the parameter server."""
-        found: list[GoodputNews] = []
         for one in self._failures:
             known = one.told
             if one.place in contributing and known.replace_s is not None and known.catch_up_s is None:
-                seconds = (now - one.at) / 1e9
-                one.told = msgspec.structs.replace(known, catch_up_s=seconds)
-                found.append(RecoveryStep("catch-up", seconds))
-        return found
+                one.told = msgspec.structs.replace(known, catch_up_s=(now - one.at) / 1e9)
+                self.changed.append(one.told)

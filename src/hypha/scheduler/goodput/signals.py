@@ -1,4 +1,4 @@
-"""Goodput as it leaves the scheduler: a listener of the job's journal, and its metrics.
+"""Goodput as it leaves the scheduler: a listener of the job's journal, and its counters.
 
 The counters of worker seconds grow by what cannot change any more (:meth:`Goodput.certain`), so they lag
 behind the report by up to a checkpoint. If a checkpoint turns out to be damaged and the job goes back to an
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable
 
 from hypha.journal import Journal, JournalEntry
-from hypha.messages import LedgerRound, ModelReady, SendModel
 from hypha.scheduler.goodput.machine import Goodput
-from hypha.scheduler.goodput.report import FailureNoticed, GoodputReport, RecoveryStep
-from hypha.scheduler.rounds import events
-from hypha.scheduler.rounds.machine import NAME as ROUNDS
+from hypha.scheduler.goodput.report import GoodputReport
+from hypha.scheduler.rounds.state import RoundState
+from hypha.scheduler.status.snapshot import Progressed
 from hypha.telemetry import instruments as metrics
 
 logger = logging.getLogger("hypha.scheduler")
@@ -27,57 +26,50 @@ _COUNT_S = 1.0
 
 
 class GoodputSignals:
-    """Of one run of a job that wants ``places`` workers and began at ``began``, of trio's clock. What fails
-    in here is logged once and ends nothing but the figures; where the machines of ``journal`` are checked, it
-    raises AssertionError.
+    """Of one run of a job that wants ``places`` workers and began at ``began``, of trio's clock; ``machine``
+    gives its present round machine, None before there is one, and ``progressed`` has the rounds that count.
+    What fails in here is logged once and ends nothing but the figures; where the machines of ``journal`` are
+    checked, it raises AssertionError.
     """
 
-    def __init__(self, journal: Journal, places: int, began: float) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        places: int,
+        began: float,
+        machine: Callable[[], RoundState | None],
+        progressed: Progressed,
+    ) -> None:
         self._journal = journal
-        self._goodput = Goodput(places, began)
-        self._broken = False
+        self._goodput = Goodput(places, began, machine, progressed)
         self._counted_at = -math.inf
         self._good_s = 0.0
         self._bad_s: dict[str, float] = {}
-        self._theta_bytes = self._sent_thetas = 0
-        self._shown: set[str] = set()
         journal.listeners.append(self.listen)
 
-    def resume(self, rounds: Iterable[LedgerRound]) -> None:
-        """What an earlier scheduler of the job has left in the ledger."""
-        self._goodput.resume({entry.round: entry.samples for entry in rounds})
-
     def listen(self, entry: JournalEntry) -> None:
-        if self._broken:
-            return
-        try:
-            news = self._goodput.handle(entry)
-            if self._journal.checked:
-                self._goodput.validate()
-            for one in news:
-                match one:
-                    case FailureNoticed(kind=kind, reason=reason):
-                        metrics.FAILURES.add(kind=kind, reason=reason)
-                    case RecoveryStep(phase=phase, seconds=seconds):
-                        metrics.RECOVERY_DURATION.record(seconds, phase=phase)
-            if entry.machine == ROUNDS:
-                self._show(entry)
-        except Exception as exc:
-            if self._journal.checked:
-                raise
-            self._give_up(exc)
+        for one in self._goodput.handle(entry):
+            if one.catch_up_s is not None:
+                metrics.RECOVERY_DURATION.record(one.catch_up_s, phase="catch-up")
+            elif one.replace_s is not None:
+                metrics.RECOVERY_DURATION.record(one.replace_s, phase="replace")
+            else:
+                metrics.FAILURES.add(kind=one.kind, reason=one.reason)
+                metrics.RECOVERY_DURATION.record(one.detect_s, phase="detect")
+        if self._journal.checked:
+            self._goodput.validate()
 
     def report(self, now: float) -> GoodputReport | None:
-        """As far as is known at ``now``; None when that has failed. The metrics follow it."""
-        if self._broken:
+        """As far as is known at ``now``; None when that has failed. The counters follow it."""
+        if self.listen not in self._journal.listeners:
             return None
         try:
             report = self._goodput.report(now)
-            metrics.GOODPUT.set(report.samples_per_s)
             if now >= self._counted_at + _COUNT_S or self._goodput.ended:
                 self._count(now)
         except Exception as exc:  # noqa: BLE001 - the edge of a service: figures of a job must not end it
-            self._give_up(exc)
+            logger.error("Goodput is not known any more: %r", exc)
+            self._journal.leave(self.listen)
             return None
         return report
 
@@ -91,50 +83,5 @@ class GoodputSignals:
         self._bad_s = bad_s
 
     def close(self) -> None:
-        """Hear of nothing any more, and show nothing."""
-        if self.listen in self._journal.listeners:
-            self._journal.leave(self.listen)
-        self._forget(self._shown)
-        metrics.GOODPUT.forget()
-        metrics.LOSS.forget()
-        for kind in ("update", "theta"):
-            metrics.ROUND_BYTES.forget(kind=kind)
-
-    def _give_up(self, exc: Exception) -> None:
-        self._broken = True
-        logger.error("Goodput is not known any more: %r", exc)
-
-    def _show(self, entry: JournalEntry) -> None:
-        if isinstance(entry.event, events.Told) and isinstance(entry.event.event, ModelReady):
-            self._theta_bytes = entry.event.event.size_bytes
-        for action in entry.actions:
-            match action:
-                case events.Send(directive=SendModel()):
-                    self._sent_thetas += 1
-                case events.Record(entry=record):
-                    self._applied(record, entry)
-
-    def _applied(self, record: LedgerRound, entry: JournalEntry) -> None:
-        metrics.LOSS.set(record.loss)
-        present = {part.worker for part in record.contributors}
-        self._forget(self._shown - present)
-        self._shown = present
-        for part in record.contributors:
-            metrics.WORKER_LOSS.set(part.loss, worker=part.worker)
-        for one in record.updates:
-            if one.worker in present:
-                metrics.UPDATE_NORM.set(one.norm, worker=one.worker)
-                if one.cosine is not None:
-                    metrics.UPDATE_COSINE.set(one.cosine, worker=one.worker)
-                else:
-                    metrics.UPDATE_COSINE.forget(worker=one.worker)
-        metrics.ROUND_BYTES.set(sum(one.size_bytes for one in record.updates), kind="update")
-        # theta of the round went to those who got it on request, and that of the next goes to all members
-        members = int(str(entry.state["members"])) if not isinstance(entry.state, str) else 0
-        metrics.ROUND_BYTES.set((members + self._sent_thetas) * self._theta_bytes, kind="theta")
-        self._sent_thetas = 0
-
-    def _forget(self, workers: set[str]) -> None:
-        for peer in workers:
-            for gauge in (metrics.WORKER_LOSS, metrics.UPDATE_NORM, metrics.UPDATE_COSINE):
-                gauge.forget(worker=peer)
+        """Hear of nothing any more."""
+        self._journal.leave(self.listen)

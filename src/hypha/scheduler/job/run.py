@@ -124,7 +124,10 @@ class RunningJob:
             lambda: self.machine,
             lambda: self._stage.dataset,
         )
-        self._goodput = GoodputSignals(context.journal, context.config.resources.num_workers, context.began)
+        places, progressed = context.config.resources.num_workers, context.progressed
+        self._goodput = GoodputSignals(
+            context.journal, places, context.began, lambda: self.machine, progressed
+        )
         self._awaiting = Awaiting()
         self._services = ServiceVersions()
 
@@ -146,7 +149,6 @@ class RunningJob:
                     nursery.start_soon(self._observe)
                     self._opened = opened = await open_job(context, fresh, nursery, self._enter)
                     await take_up(context, opened, fresh)
-                    self._goodput.resume(context.progressed.rounds)
                     self._stage = working = WorkingJob(context, opened, nursery, self._end)
                     await working.run()
         except* HyphaError as group:
@@ -212,7 +214,7 @@ class RunningJob:
         journal.listeners.extend(listeners)
         traces.begin(self._context.config.name)
         try:
-            with self._metrics.shown(lambda: self._snapshot().state):
+            with self._metrics.shown(self._snapshot):
                 yield
         finally:
             for listener in listeners:

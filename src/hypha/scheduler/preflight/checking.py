@@ -19,12 +19,12 @@ from pathlib import Path
 
 import trio
 
-from hypha.config.job import DEFAULT_EXECUTOR, JobConfig
+from hypha.config.job import DEFAULT_EXECUTOR, JobConfig, ModelConfig, PreprocessorConfig
 from hypha.decoding import decode
 from hypha.errors import ConfigError, Problem, Undecodable
 from hypha.messages import HuggingFace, Manifest, PeerRef, Trial, TrialReport
 from hypha.runtime import in_thread
-from hypha.scheduler.descriptions import described, hub_reference
+from hypha.scheduler.descriptions import described
 from hypha.scheduler.preflight.findings import findings
 from hypha.scheduler.preflight.known import JOB, ModelDescription, PreflightFinding, describe_model, printable
 from hypha.scheduler.preflight.trial import ModelTrial
@@ -47,7 +47,7 @@ class Checked:
     trial: TrialReport | None = None
 
     @property
-    def errors(self) -> list[PreflightFinding]:
+    def errors(self) -> list[Problem]:
         """Those for which every worker would fail."""
         return [one for one in self.findings if one.error]
 
@@ -61,7 +61,7 @@ async def check_before_leasing(job: JobConfig, manifest: Manifest, trial: ModelT
         log("Before anybody is leased: %s", finding)
     if errors := checked.errors:
         hint = Problem(f"{JOB}.check", 'where this is wrong, "none" (or run --no-check) goes on nevertheless')
-        raise ConfigError([*(Problem(one.key, one.message) for one in errors), hint])
+        raise ConfigError([*errors, hint])
 
 
 async def check_job(job: JobConfig, manifest: Manifest, run_trial: RunTrial | None) -> Checked:
@@ -143,16 +143,15 @@ class _Files:
             if given is None or given.repository is None:
                 continue
             directory = self._scratch if name == "model" else None
-            answer = HubFinding(
-                f"the hub did not answer within {2 * _HUB_S:g} s; workers fetch it themselves"
-            )
+            key = f"{JOB}.{name}.repository"
+            text = f"the hub did not answer within {2 * _HUB_S:g} s; workers fetch it themselves"
+            problem: PreflightFinding | None = PreflightFinding(key, text, error=False)
             with trio.move_on_after(2 * _HUB_S):
-                answer = await in_thread(ask_hub, hub_reference(given), directory, abandon_on_cancel=True)
-            if answer.problem:
-                key = f"{JOB}.{name}.repository"
-                found.append(PreflightFinding(key, answer.problem, error=answer.refused))
-            if answer.fetched:
-                self.model = self._scratch
+                problem = await in_thread(ask_hub, key, given, directory, abandon_on_cancel=True)
+            if problem is not None:
+                found.append(problem)
+            elif directory is not None and (directory / "config.json").exists():
+                self.model = directory
         return found
 
     def described(self) -> ModelDescription | None:
@@ -175,21 +174,16 @@ def _json_in(path: Path) -> dict[str, object] | None:
     return content if isinstance(content, dict) else None
 
 
-@dataclass(frozen=True)
-class HubFinding:
-    """``refused``: the hub refuses, so workers would fail; else it could not be reached. ``fetched``: its
-    config.json is in the directory that was given.
-    """
-
-    problem: str = ""
-    refused: bool = False
-    fetched: bool = False
-
-
-def ask_hub(reference: HuggingFace, directory: Path | None, endpoint: str | None = None) -> HubFinding:
-    """Look for the repository and its files; its config.json, if it has one, comes to ``directory``. Blocks.
-    ``endpoint``: default as huggingface_hub has it (``HF_ENDPOINT``). Workers fetch the files themselves, so
-    a hub that cannot be reached from here proves nothing. That it refuses the repository does.
+def ask_hub(
+    key: str,
+    given: ModelConfig | PreprocessorConfig | HuggingFace,
+    directory: Path | None,
+    endpoint: str | None = None,
+) -> PreflightFinding | None:
+    """Look for the repository and its files, which ``key`` names; its config.json, if it has one, comes to
+    ``directory``. Blocks. ``endpoint``: default as huggingface_hub has it (``HF_ENDPOINT``). Workers fetch
+    the files themselves, so a hub that cannot be reached from here proves nothing. That it refuses the
+    repository does.
     """
     # imported here: it takes half a second, and most jobs never need it
     from huggingface_hub import HfApi
@@ -198,41 +192,37 @@ def ask_hub(reference: HuggingFace, directory: Path | None, endpoint: str | None
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    name = f"{reference.repository}@{reference.revision}"
+    repository = given.repository or ""
+    name = f"{repository}@{given.revision}"
     # a token of whoever runs the scheduler is not the job's: workers do not have it
-    api = HfApi(endpoint=endpoint, token=reference.token or False)
+    api = HfApi(endpoint=endpoint, token=given.token or False)
     client = sys.modules[type(get_session()).__module__.partition(".")[0]]
     http_error: type[Exception] = getattr(client, "HTTPError", OSError)
     try:
-        info = api.model_info(reference.repository, revision=reference.revision, timeout=_HUB_S)
+        info = api.model_info(repository, revision=given.revision, timeout=_HUB_S)
         files = {sibling.rfilename for sibling in info.siblings or ()}
-        if missing := [file for file in reference.filenames if file not in files]:
-            return HubFinding(f"{name} has no file {', '.join(missing)}; correct filenames", refused=True)
-        if directory is None or "config.json" not in files:
-            return HubFinding()
-        api.hf_hub_download(
-            reference.repository,
-            "config.json",
-            revision=info.sha or reference.revision,
-            local_dir=directory,
-            etag_timeout=_HUB_S,
-        )
-        return HubFinding(fetched=True)
+        if missing := [file for file in given.filenames if file not in files]:
+            return PreflightFinding(key, f"{name} has no file {', '.join(missing)}; correct filenames")
+        if directory is not None and "config.json" in files:
+            revision = info.sha or given.revision
+            api.hf_hub_download(
+                repository, "config.json", revision=revision, local_dir=directory, etag_timeout=_HUB_S
+            )
+        return None
     except hub.GatedRepoError:
-        return HubFinding(f"{name} needs a token that was granted access; set token", refused=True)
+        problem = f"{name} needs a token that was granted access; set token"
     except hub.RevisionNotFoundError:
-        return HubFinding(f"the hub has no revision {name}; correct revision", refused=True)
+        problem = f"the hub has no revision {name}; correct revision"
     except hub.RepositoryNotFoundError:
-        return HubFinding(
-            f"{name} is not on the hub, or private; correct repository, or set a token that may read it",
-            refused=True,
-        )
+        problem = f"{name} is not on the hub, or private; correct repository, or set a token that may read it"
     except hub.HFValidationError as exc:
-        return HubFinding(f"{name} is no name of a repository: {_first_line(exc)}", refused=True)
+        problem = f"{name} is no name of a repository: {_first_line(exc)}"
     except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, http_error, OSError) as exc:
-        return HubFinding(
+        text = (
             f"the hub cannot be asked for {name} from here ({_first_line(exc)}); workers fetch it themselves"
         )
+        return PreflightFinding(key, text, error=False)
+    return PreflightFinding(key, problem)
 
 
 def _first_line(exc: BaseException) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hypha.config.tasks import task_of
+from hypha.errors import Problem
 from hypha.messages import Column
 
 #: where the keys of a job stand
@@ -80,18 +81,11 @@ def _size(given: object) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class PreflightFinding:
-    """One line about ``key`` of the job's configuration. ``refutable``: a batch that passes the model proves
-    that it is none.
-    """
+class PreflightFinding(Problem):
+    """Without ``error`` it is advice. ``refutable``: a batch that passes the model proves that it is none."""
 
-    key: str
-    message: str
     error: bool = True
     refutable: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.message}"
 
 
 def printable(finding: PreflightFinding) -> PreflightFinding:

@@ -53,9 +53,9 @@ _LAST_SAVE_S = 0.5
 
 
 class History:
-    """Records of one job's rounds; :meth:`note` is a listener of the job's journal. ``finished`` notes every
-    record that is complete, and :meth:`unsaved` hands those out once. ``redact`` takes secrets out of what
-    peers report and errors quote, before any of it is kept.
+    """Records of one job's rounds; :meth:`note` is a listener of the job's journal. ``changes`` counts the
+    records that became complete, or more complete. ``redact`` takes secrets out of what peers report and
+    errors quote, before any of it is kept.
     """
 
     def __init__(self, wall: Callable[[], float] = wall_time, redact: Redact | None = None) -> None:
@@ -65,12 +65,9 @@ class History:
         self._changed: dict[Key, int] = {}
         self._open: OpenRound | None = None
         self._generation: GenerationBegan | None = None
-        self._unsaved: list[RoundRecord] = []
-        self._broken = False
-        #: counts changes of records; and how often all of them were replaced
-        self.number = 0
+        #: how often all records were replaced
         self.replaced = 0
-        self.finished = Changes()
+        self.changes = Changes()
 
     @property
     def records(self) -> tuple[RoundRecord, ...]:
@@ -83,18 +80,13 @@ class History:
         start = None if self._generation is None else self._generation.start
         return None if start is None else (start.job_id, start.generation)
 
-    def since(self, number: int) -> tuple[RoundRecord, ...]:
-        """Those that have changed after :attr:`number` was ``number``."""
-        return tuple(self._records[key] for key, changed in self._changed.items() if changed > number)
+    def since(self, count: int) -> tuple[RoundRecord, ...]:
+        """Those of this scheduler that have changed after :attr:`changes` had counted so many."""
+        return tuple(self._records[key] for key, changed in self._changed.items() if changed > count)
 
     def open_round(self, now: float) -> RoundRecord | None:
         """The record of the round that is under way; ``now`` is of the machine's clock."""
         return None if self._open is None else self._open.record(now)
-
-    def unsaved(self) -> list[RoundRecord]:
-        """Records that became complete, or more complete, since this was asked last."""
-        taken, self._unsaved = self._unsaved, []
-        return taken
 
     def cleaned(self, record: RoundRecord) -> RoundRecord:
         """An earlier scheduler's ``record``, which may have known other secrets, or none. Works in any
@@ -111,22 +103,11 @@ class History:
         merged.update(self._records)
         self._records = dict(sorted(merged.items()))
         self.replaced += 1
-        self.number += 1
-        self._changed = dict.fromkeys(self._records, self.number)
         self._trim()
 
     def note(self, entry: JournalEntry) -> None:
-        """Listen to the journal. Never raises."""
-        if entry.machine != NAME or self._broken:
+        if entry.machine != NAME:
             return
-        try:
-            self._note(entry)
-        except Exception:
-            # a page must not end a job
-            self._broken = True
-            logger.exception("The history of rounds is not kept any more, as it met something unforeseen.")
-
-    def _note(self, entry: JournalEntry) -> None:
         event = entry.event
         if isinstance(event, GenerationBegan):
             self._begin_generation(event)
@@ -154,21 +135,17 @@ class History:
             self._put(self._open.record())
         self._open, self._generation = None, event
         # whoever reads earlier schedulers' records knows now whose they are
-        self.finished.note()
+        self.changes.note()
         for record in self.records:
             if record.round >= event.start.round and record.applied and not record.discarded:
                 self._put(msgspec.structs.replace(record, discarded=True))
 
     def _put(self, record: RoundRecord) -> None:
-        key = record.key
-        self.number += 1
-        self._records[key] = record
-        self._changed.pop(key, None)
-        self._changed[key] = self.number
-        self._unsaved.append(record)
-        del self._unsaved[:-KEPT]
+        self._records[record.key] = record
+        self.changes.note()
+        self._changed.pop(record.key, None)
+        self._changed[record.key] = self.changes.count
         self._trim()
-        self.finished.note()
 
     def _trim(self) -> None:
         parts = sum(len(record.workers) for record in self._records.values())
@@ -192,28 +169,24 @@ async def keep_history(history: History, directory: Path) -> None:
     becomes complete; until cancelled, and what is left then is written quickly. What goes wrong is logged
     once, and ends this alone.
     """
-    store = HistoryFile(directory / FILE)
+    store, saved, restored = HistoryFile(directory / FILE), 0, False
     try:
         try:
-            await _follow(history, directory, store)
+            while True:
+                await history.changes.wait(saved)
+                if not restored and history.job is not None:
+                    restored = True
+                    job_id, generation = history.job
+                    if generation:
+                        history.restore(await in_thread(_restorable, history, directory, job_id))
+                records, saved = history.since(saved), history.changes.count
+                await in_thread(store.append, records)
         finally:
             with trio.move_on_after(_LAST_SAVE_S, shield=True):
-                await in_thread(store.append, history.unsaved(), abandon_on_cancel=True)
+                await in_thread(store.append, history.since(saved), abandon_on_cancel=True)
     except Exception:
         # a file for people must not end a job
         logger.exception("The history of rounds is not kept any more in %s.", directory / FILE)
-
-
-async def _follow(history: History, directory: Path, store: HistoryFile) -> None:
-    seen, restored = 0, False
-    while True:
-        seen = await history.finished.wait(seen)
-        if not restored and history.job is not None:
-            restored = True
-            job_id, generation = history.job
-            if generation:
-                history.restore(await in_thread(_restorable, history, directory, job_id))
-        await in_thread(store.append, history.unsaved())
 
 
 def _restorable(history: History, directory: Path, job_id: str) -> list[RoundRecord]:

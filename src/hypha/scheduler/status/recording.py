@@ -38,8 +38,6 @@ _SETTINGS: dict[str, Any] = {
     "update_encoding": True,
     "seed": True,
 }
-#: what a worker's snapshot shows of its last update, where it was measured
-_OF_UPDATES = ("update_norm", "update_cosine")
 
 
 def settings_of(job: JobConfig, start: Start) -> dict[str, Any]:
@@ -51,9 +49,7 @@ def settings_of(job: JobConfig, start: Start) -> dict[str, Any]:
 
 
 class Recording:
-    """Feeds sinks. A round is recorded once, with what was known when it was applied: a worker whose report
-    of its update comes later is missing in it. :meth:`listen` to the journal, :meth:`see` snapshots.
-    """
+    """Feeds sinks: :meth:`listen` to the journal, :meth:`see` snapshots."""
 
     def __init__(self, config: SchedulerConfig, nursery: trio.Nursery) -> None:
         self._nursery = nursery
@@ -72,9 +68,7 @@ class Recording:
             for sink in config.scheduler.sinks
         ]
         self.sinks: list[SinkProcess] = []
-        self._recorded: tuple[int, int] | None = None
         self._waiting: list[tuple[LedgerRound, float]] = []
-        self._samples_before: int | None = None
 
     def listen(self, entry: JournalEntry) -> None:
         """The sinks are opened when a job's first generation begins."""
@@ -84,28 +78,17 @@ class Recording:
             self.sinks = [SinkProcess(one, run) for one in self._destinations]
             for sink in self.sinks:
                 self._nursery.start_soon(sink.run)
-        for action in entry.actions:
-            if isinstance(action, Record) and self._is_new(action.entry):
-                self._waiting.append((action.entry, wall_time()))
-
-    def _is_new(self, entry: LedgerRound) -> bool:
-        """The same round is recorded again when more became known of it."""
-        at = (entry.generation, entry.round)
-        if self._recorded is not None and at <= self._recorded:
-            return False
-        self._recorded = at
-        return True
+        at = wall_time()
+        self._waiting += [(action.entry, at) for action in entry.actions if isinstance(action, Record)]
 
     def see(self, snapshot: JobSnapshot) -> None:
         """Send the rounds that were applied since the last snapshot, with what this one knows."""
-        if snapshot.job_id and self._samples_before is None:
-            self._samples_before = snapshot.samples - sum(entry.samples for entry, _ in self._waiting)
         for entry, at in self._waiting:
             values = RoundValues(
                 round=entry.round + 1,
                 at=at,
                 values=_finite(self._of_job(entry, snapshot)),
-                workers=_of_workers(entry, snapshot),
+                workers=_of_workers(entry),
             )
             for sink in self.sinks:
                 sink.put(values)
@@ -123,25 +106,21 @@ class Recording:
         }
         if entry.duration_s > 0:
             values["samples_per_second"] = entry.samples / entry.duration_s
-        if snapshot.elapsed_s > 0:
-            counted = snapshot.samples - (self._samples_before or 0)
-            values["goodput"] = counted / snapshot.elapsed_s
+        if snapshot.goodput is not None:
+            values["goodput"] = snapshot.goodput.samples_per_s
         if self._job.schedule.type == "constant":
             values["learning_rate"] = self._job.inner_optimizer.learning_rate
         return values
 
 
-def _of_workers(entry: LedgerRound, snapshot: JobSnapshot) -> dict[str, dict[str, float]]:
-    shown = {worker.peer: worker for worker in snapshot.workers}
-    found = {}
-    for part in entry.contributors:
-        figures = {"loss": part.loss, "samples": float(part.samples)}
-        for name in _OF_UPDATES:
-            value = getattr(shown.get(part.worker), name, None)
-            if value is not None:
-                figures[name] = value
-        found[part.worker] = _finite(figures)
-    return found
+def _of_workers(entry: LedgerRound) -> dict[str, dict[str, float]]:
+    found = {part.worker: {"loss": part.loss, "samples": float(part.samples)} for part in entry.contributors}
+    for one in entry.updates:
+        if one.worker in found:
+            found[one.worker]["update_norm"] = one.norm
+            if one.cosine is not None:
+                found[one.worker]["update_cosine"] = one.cosine
+    return {worker: _finite(figures) for worker, figures in found.items()}
 
 
 def _finite(values: dict[str, float]) -> dict[str, float]:

@@ -266,19 +266,21 @@ class OpenRound:
         return following
 
     def note(self, entry: JournalEntry) -> None:
-        self._heard(entry.event, entry.at_s)
-        for action in entry.actions:
-            self._decided(action, entry.at_s)
+        for what in (entry.event, *entry.actions):
+            self._take(what, entry.at_s)
 
-    def _heard(self, event: object, now: float) -> None:
-        match event:
+    def _take(self, what: object, now: float) -> None:
+        """An event of the round machine, or an action."""
+        match what:
             case events.Joined(ref=ref, kind="train"):
                 self.tracks.setdefault(ref.peer, Track()).switch("loading", now)
             case events.Joined(ref=ref):
                 self.server = ref.peer
                 self.server_track.switch("loading", now)
-            case events.Told(sender=sender, kind=kind, stamp=stamp) if stamp.generation == self.generation:
-                self._told(sender, kind, event.event, now)
+            case events.Told(sender=sender, kind=kind, stamp=stamp, event=event) if (
+                stamp.generation == self.generation
+            ):
+                self._told(sender, kind, event, now)
             case events.Reported(sender=sender, progress=progress) if progress.round == self.round:
                 track = self.tracks.get(sender)
                 if track is not None and progress.batches > track.batches:
@@ -295,6 +297,24 @@ class OpenRound:
                 self._fault(peer, "reachable", "it answers again", now)
             case events.DataServed(served=False):
                 self._fault("", "no data", "no data node serves the dataset", now)
+            case events.Send(to=to, directive=Plan(round=number, batches=batches)) if number == self.round:
+                if (track := self.tracks.get(to.peer)) is not None:
+                    track.plan = batches
+                    track.look_at_plan(now)
+            case events.Send(directive=CloseRound()):
+                self.server_track.switch("outer-step", now)
+            case events.Drop(peer=peer, kind=kind, reason=reason):
+                self._gone(peer, kind, "replaced", reason, now)
+            case events.LetGo(peer=peer, kind=kind, reason=reason):
+                self._gone(peer, kind, "left", reason, now)
+            case events.Again(peer=peer, reason=reason):
+                self._fault(peer, "executor started again", reason, now)
+            case events.Restart(reason=reason):
+                for track in (self.server_track, *self.tracks.values()):
+                    track.switch(None, now)
+                self._fault(self.server, "parameter server lost", reason, now)
+            case events.Fail(error=error):
+                self._fault("", "job failed", str(error), now)
 
     def _told(self, sender: str, kind: ExecutorClass, event: object, now: float) -> None:
         # an executor of an earlier generation goes on without having joined this one
@@ -323,27 +343,6 @@ class OpenRound:
                 self._fault(sender, f"executor failed: {event.kind}", event.message, now)
             case ExecutorExited():
                 self._fault(sender, "executor ended", exit_text(event), now)
-
-    def _decided(self, action: object, now: float) -> None:
-        match action:
-            case events.Send(to=to, directive=Plan(round=number, batches=batches)) if number == self.round:
-                if (track := self.tracks.get(to.peer)) is not None:
-                    track.plan = batches
-                    track.look_at_plan(now)
-            case events.Send(directive=CloseRound()):
-                self.server_track.switch("outer-step", now)
-            case events.Drop(peer=peer, kind=kind, reason=reason):
-                self._gone(peer, kind, "replaced", reason, now)
-            case events.LetGo(peer=peer, kind=kind, reason=reason):
-                self._gone(peer, kind, "left", reason, now)
-            case events.Again(peer=peer, reason=reason):
-                self._fault(peer, "executor started again", reason, now)
-            case events.Restart(reason=reason):
-                for track in (self.server_track, *self.tracks.values()):
-                    track.switch(None, now)
-                self._fault(self.server, "parameter server lost", reason, now)
-            case events.Fail(error=error):
-                self._fault("", "job failed", str(error), now)
 
     def _look_at_broadcast(self, now: float) -> None:
         """It has theta sent to everybody once nobody waits for it any more."""

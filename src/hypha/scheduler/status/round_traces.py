@@ -25,8 +25,8 @@ from hypha.messages import (
     Traced,
     UpdateReceived,
 )
-from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
+from hypha.scheduler.leasing import renewal
 from hypha.scheduler.rounds import events
 from hypha.scheduler.rounds import machine as rounds
 from hypha.scheduler.rounds.state import OPEN
@@ -78,10 +78,19 @@ class RoundTraces:
             return
         if entry.machine == rounds.NAME:
             self._round_machine(entry)
-        elif entry.machine == allocator.NAME:
-            self._allocator(entry.event)
-        elif entry.machine.startswith(f"{renewal.NAME}:"):
-            self._renewal(entry)
+            return
+        # the name of a renewal ends with its lease's id
+        lease = entry.machine.partition(":")[2]
+        for what in (entry.event, *entry.actions):
+            match what:
+                case allocation.Gained(lease_id):
+                    self._happened("lease gained", lease=lease_id)
+                case allocation.LeaseFailed(lease_id):
+                    self._happened("lease lost", lease=lease_id)
+                case renewal.Suspected(reason):
+                    self._happened("lease suspect", lease=lease, reason=reason)
+                case renewal.Recovered():
+                    self._happened("lease recovered", lease=lease)
 
     def close(self) -> None:
         self._end("the job ended")
@@ -89,38 +98,22 @@ class RoundTraces:
         if job is not None:
             job.end()
 
-    def _allocator(self, event: object) -> None:
-        match event:
-            case allocation.Gained(lease_id):
-                self._happened("lease gained", lease=lease_id)
-            case allocation.LeaseFailed(lease_id):
-                self._happened("lease lost", lease=lease_id)
-
-    def _renewal(self, entry: JournalEntry) -> None:
-        lease = entry.machine.partition(":")[2]
-        for action in entry.actions:
-            match action:
-                case renewal.Suspected(reason):
-                    self._happened("lease suspect", lease=lease, reason=reason)
-                case renewal.Recovered():
-                    self._happened("lease recovered", lease=lease)
-
     def _round_machine(self, entry: JournalEntry) -> None:
-        if isinstance(entry.event, events.GenerationBegan):
-            self._job_id = entry.event.start.job_id
-            if self._job is not None:
-                self._job.set_attribute("hypha.job", self._job_id)
-            self._end("the generation of the job ended")
-            self._over = False
-        self._told(entry.event)
-        for action in entry.actions:
-            self._decided(action)
+        for what in (entry.event, *entry.actions):
+            self._take(what)
         state = entry.state
         if isinstance(state, Mapping) and state["phase"] in OPEN and not self._over:
             self._open(int(str(state["generation"])), int(str(state["round"])))
 
-    def _told(self, event: object) -> None:
-        match event:
+    def _take(self, what: object) -> None:
+        """An event of the round machine, or an action."""
+        match what:
+            case events.GenerationBegan(start=start):
+                self._job_id = start.job_id
+                if self._job is not None:
+                    self._job.set_attribute("hypha.job", self._job_id)
+                self._end("the generation of the job ended")
+                self._over = False
             case events.Told(sender=sender, event=RoundStarted(round=round_)) if self._is_open(round_):
                 self._happened("worker started", peer=sender)
             case events.Told(event=UpdateReceived() as update) if self._is_open(update.round):
@@ -131,9 +124,6 @@ class RoundTraces:
                 self._happened(f"{kind} executor lost", peer=peer, reason=reason)
             case events.Told(sender=sender, kind=kind, event=ExecutorError() | ExecutorExited()):
                 self._happened(f"{kind} executor ended", peer=sender)
-
-    def _decided(self, action: object) -> None:
-        match action:
             case events.Send(to=to, directive=Plan(batches=int(batches))):
                 self._happened("round planned", peer=to.peer, batches=batches)
             case events.Send(directive=CloseRound()):

@@ -8,31 +8,30 @@ own cause: that is why a job waits for workers.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 import trio
 
 from hypha.journal import JournalEntry
-from hypha.messages import ExecutorClass
+from hypha.messages import ExecutorClass, LedgerRound, ModelReady, SendModel
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.data.slices import Assignment
 from hypha.scheduler.leasing import allocator, renewal
 from hypha.scheduler.leasing import events as allocation
 from hypha.scheduler.leasing.pool import Pool
 from hypha.scheduler.rounds import machine as rounds
-from hypha.scheduler.rounds.events import AnswerSlice, Record, SliceAsked
+from hypha.scheduler.rounds.events import AnswerSlice, Record, Send, SliceAsked, Told
 from hypha.scheduler.rounds.machine import RoundMachine
 from hypha.scheduler.rounds.participants import Member
-from hypha.scheduler.status.snapshot import JobState, Progressed
+from hypha.scheduler.status.snapshot import JobSnapshot, Progressed
 from hypha.telemetry import instruments as metrics
-from hypha.telemetry.metrics import OTHER, Reading
+from hypha.telemetry.metrics import OTHER, Reading, Source
 
 KINDS: tuple[ExecutorClass, ...] = ("train", "aggregate")
 #: what the round machine counts besides messages
 _NO_MESSAGES = frozenset({"foreign slices", "lost samples"})
-#: of so many rounds it is known how many samples were counted: entries are completed soon or never
-_REMEMBERED_ROUNDS = 16
 
 
 class JobMetrics:
@@ -57,10 +56,8 @@ class JobMetrics:
         self._machine = machine
         self._dataset = dataset
         self._kinds: dict[str, ExecutorClass] = {}
-        #: leases: offered, accepted and not confirmed yet, held
-        self._offered: dict[str, str] = {}
-        self._accepted: dict[str, str] = {}
-        self._held: dict[str, str] = {}
+        #: leases: of which kind they are, and how far they have come
+        self._leases: dict[str, tuple[str, Literal["offered", "accepted", "held"]]] = {}
         #: why a held lease lapsed, until the allocator handles it
         self._lapsed: dict[str, str] = {}
         self._attempted: dict[str, float] = {}
@@ -68,7 +65,7 @@ class JobMetrics:
         self._short_since: dict[str, float] = {}
         #: the newest request of each worker for a slice
         self._asked: dict[str, tuple[str, int]] = {}
-        self._samples: OrderedDict[tuple[int, int], int] = OrderedDict()
+        self._theta_bytes = self._sent_thetas = self._round_thetas = 0
         self._refused: tuple[RoundMachine | None, Counter[str]] = (None, Counter())
 
     def note(self, entry: JournalEntry) -> None:
@@ -91,34 +88,35 @@ class JobMetrics:
                 self._kinds = {ask.request_id: ask.kind for ask in asks}
             case allocation.Offered(_, offer):
                 kind = self._kinds.get(offer.request_id, OTHER)
-            case allocation.Adopted(adopted_kind, lease_id, _):
-                self._held[lease_id] = adopted_kind
-            case allocation.Gained(lease_id) if lease_id in self._accepted:
-                self._held[lease_id] = gained = self._accepted.pop(lease_id)
-                metrics.OFFERS_RECEIVED.add(kind=gained, outcome="accepted")
+            case allocation.Adopted(adopted, lease_id, _):
+                self._leases[lease_id] = adopted, "held"
+            case allocation.Gained(lease_id):
+                gained, stage = self._leases.get(lease_id, (OTHER, "held"))
+                if stage == "accepted":
+                    self._leases[lease_id] = gained, "held"
+                    metrics.OFFERS_RECEIVED.add(kind=gained, outcome="accepted")
             case allocation.LeaseFailed(lease_id):
                 self._lost(lease_id)
         for action in entry.actions:
             match action:
                 case allocation.Keep(lease_id):
-                    if lease_id not in self._accepted and lease_id not in self._held:
-                        self._offered[lease_id] = kind
+                    self._leases.setdefault(lease_id, (kind, "offered"))
                 case allocation.Decline(_, _, _, cause):
                     metrics.OFFERS_RECEIVED.add(kind=kind, outcome=cause)
                 case allocation.Dismiss(lease_id, _, cause):
-                    offered = self._offered.pop(lease_id, OTHER)
+                    offered, _ = self._leases.pop(lease_id, (OTHER, ""))
                     metrics.OFFERS_RECEIVED.add(kind=offered, outcome=cause)
-                case allocation.Accept(accepted_kind, offer, _):
-                    self._offered.pop(offer.lease_id, None)
-                    self._accepted[offer.lease_id] = accepted_kind
+                case allocation.Accept(accepted, offer, _):
+                    self._leases[offer.lease_id] = accepted, "accepted"
         self._look_for_missing(entry)
 
     def _lost(self, lease_id: str) -> None:
         self._attempted.pop(lease_id, None)
         lapsed = self._lapsed.pop(lease_id, "dropped")
-        if (kind := self._accepted.pop(lease_id, None)) is not None:
+        kind, stage = self._leases.pop(lease_id, (OTHER, ""))
+        if stage == "accepted":
             metrics.OFFERS_RECEIVED.add(kind=kind, outcome="lost")
-        if (kind := self._held.pop(lease_id, None)) is not None:
+        elif stage == "held":
             metrics.LEASES_LOST.add(kind=kind, reason=lapsed)
 
     def _look_for_missing(self, entry: JournalEntry) -> None:
@@ -152,12 +150,23 @@ class JobMetrics:
             metrics.RENEWAL_DURATION.record(now - began, status=status)
 
     def _round_machine(self, entry: JournalEntry) -> None:
+        if isinstance(entry.event, Told) and isinstance(entry.event.event, ModelReady):
+            self._theta_bytes = entry.event.event.size_bytes
         for action in entry.actions:
             match action:
                 case AnswerSlice(slice=Assignment() as given) if isinstance(entry.event, SliceAsked):
                     self._slice(entry.event, given)
-                case Record():
-                    self._applied(action, entry.at_s)
+                case Send(directive=SendModel()):
+                    self._sent_thetas += 1
+                case Record(entry=applied):
+                    # theta of the round went to those who got it on request, and that of the next goes to
+                    # all members
+                    members = int(str(entry.state["members"])) if isinstance(entry.state, Mapping) else 0
+                    self._round_thetas, self._sent_thetas = members + self._sent_thetas, 0
+                    self._applied_at = entry.at_s
+                    metrics.JOB_SAMPLES.add(applied.samples)
+                    metrics.SYNCHRONIZATIONS.add()
+                    metrics.ROUND_DURATION.record(applied.duration_s)
 
     def _slice(self, asked: SliceAsked, given: Assignment) -> None:
         request = asked.request
@@ -168,20 +177,6 @@ class JobMetrics:
             self._asked[asked.caller] = (request.incarnation, request.seq)
             source = "cached" if given.index in request.cached else "fresh"
         metrics.SLICES_ASSIGNED.add(source=source)
-
-    def _applied(self, record: Record, now: float) -> None:
-        entry = record.entry
-        at = (entry.generation, entry.round)
-        known = self._samples.get(at, 0)
-        # an entry that became more complete replaces the one before
-        metrics.JOB_SAMPLES.add(max(0, entry.samples - known))
-        self._samples[at] = max(known, entry.samples)
-        while len(self._samples) > _REMEMBERED_ROUNDS:
-            self._samples.popitem(last=False)
-        if record.tracker is not None:
-            self._applied_at = now
-            metrics.SYNCHRONIZATIONS.add()
-            metrics.ROUND_DURATION.record(entry.duration_s)
 
     def _count_refused(self) -> None:
         """The machine only counts; what it counted since the last look is added."""
@@ -197,8 +192,10 @@ class JobMetrics:
         self._refused = (machine, Counter(machine.counts))
 
     @contextlib.contextmanager
-    def shown(self, state: Callable[[], JobState]) -> Iterator[None]:
-        """The gauges show this run meanwhile, which is in ``state()``; its counters begin at 0."""
+    def shown(self, snapshot: Callable[[], JobSnapshot]) -> Iterator[None]:
+        """The gauges show this run meanwhile, of which ``snapshot()`` is the present one; its counters begin
+        at 0.
+        """
         for counter in (
             metrics.RENEWALS,
             metrics.LEASES_LOST,
@@ -210,8 +207,8 @@ class JobMetrics:
             counter.begin()
         with contextlib.ExitStack() as stack:
             for gauge, source in (
-                (metrics.ACTIVE_WORKERS, lambda: float(self._leases("train"))),
-                (metrics.LEASES, lambda: _by("kind", {kind: self._leases(kind) for kind in KINDS})),
+                (metrics.ACTIVE_WORKERS, lambda: float(self._held("train"))),
+                (metrics.LEASES, lambda: _by("kind", {kind: self._held(kind) for kind in KINDS})),
                 (metrics.LEASES_WANTED, lambda: _by("kind", self._wanted)),
                 (metrics.PRICES, self._prices),
                 (metrics.ALLOCATION_WAIT, self._waits),
@@ -225,15 +222,27 @@ class JobMetrics:
                 (metrics.IDLE, self._of_members(lambda member: member.idle_share)),
                 (metrics.CHECKPOINT_ROUND, lambda: _only(self._progressed.checkpoint)),
                 (metrics.CHECKPOINT_AGE, self._checkpoint_age),
+                (metrics.JOB_STATE, lambda: _states(snapshot())),
+                (metrics.GOODPUT, lambda: _goodput(snapshot())),
+                (metrics.LOSS, lambda: _only(self._progressed.loss)),
                 (
-                    metrics.JOB_STATE,
-                    lambda: _by("state", {one: float(one == state()) for one in metrics.JOB_STATES}),
+                    metrics.WORKER_LOSS,
+                    self._of_newest(lambda entry: {one.worker: one.loss for one in entry.contributors}),
                 ),
+                (
+                    metrics.UPDATE_NORM,
+                    self._of_newest(lambda entry: {one.worker: one.norm for one in entry.updates}),
+                ),
+                (
+                    metrics.UPDATE_COSINE,
+                    self._of_newest(lambda entry: {one.worker: one.cosine for one in entry.updates}),
+                ),
+                (metrics.ROUND_BYTES, self._round_bytes),
             ):
                 stack.enter_context(gauge.watch(source))
             yield
 
-    def _leases(self, kind: ExecutorClass) -> int:
+    def _held(self, kind: ExecutorClass) -> int:
         return sum(lease.kind == kind for lease in self._pool.leases)
 
     def _prices(self) -> Iterable[Reading]:
@@ -251,21 +260,39 @@ class JobMetrics:
         machine = self._machine()
         return _by("state", machine.tracker.counts() if machine is not None else {})
 
-    def _of_machine(self, value: Callable[[RoundMachine], float]) -> Callable[[], Iterable[Reading]]:
+    def _of_machine(self, value: Callable[[RoundMachine], float]) -> Source:
         def read() -> Iterable[Reading]:
             machine = self._machine()
             return _only(None if machine is None else value(machine))
 
         return read
 
-    def _of_members(self, value: Callable[[Member], float | None]) -> Callable[[], Iterable[Reading]]:
+    def _of_members(self, value: Callable[[Member], float | None]) -> Source:
         def read() -> Iterable[Reading]:
             machine = self._machine()
             members = machine.members.values() if machine is not None else ()
-            values = {member.peer: value(member) for member in members}
-            return _by("worker", {peer: one for peer, one in values.items() if one is not None})
+            return _by("worker", {member.peer: value(member) for member in members})
 
         return read
+
+    def _of_newest(self, values: Callable[[LedgerRound], Mapping[str, float | None]]) -> Source:
+        """By worker, of those whose update is in the newest round: others could be named without end."""
+
+        def read() -> Iterable[Reading]:
+            newest = self._progressed.newest
+            if newest is None:
+                return []
+            found, inside = values(newest), {part.worker for part in newest.contributors}
+            return _by("worker", {peer: found[peer] for peer in found.keys() & inside})
+
+        return read
+
+    def _round_bytes(self) -> Iterable[Reading]:
+        newest = self._progressed.newest
+        if newest is None:
+            return []
+        updates = float(sum(one.size_bytes for one in newest.updates))
+        return _by("kind", {"update": updates, "theta": float(self._round_thetas * self._theta_bytes)})
 
     def _providers(self) -> Iterable[Reading]:
         dataset = self._dataset()
@@ -281,5 +308,13 @@ def _only(value: float | None) -> Iterable[Reading]:
     return [] if value is None else [({}, value)]
 
 
-def _by(label: str, values: Mapping[str, float]) -> Iterable[Reading]:
-    return [({label: one}, value) for one, value in values.items()]
+def _by(label: str, values: Mapping[str, float | None]) -> Iterable[Reading]:
+    return [({label: one}, value) for one, value in values.items() if value is not None]
+
+
+def _states(snapshot: JobSnapshot) -> Iterable[Reading]:
+    return _by("state", {one: float(one == snapshot.state) for one in metrics.JOB_STATES})
+
+
+def _goodput(snapshot: JobSnapshot) -> Iterable[Reading]:
+    return _only(None if snapshot.goodput is None else snapshot.goodput.samples_per_s)

@@ -164,28 +164,31 @@ class Progressed:
 
     @property
     def samples(self) -> int:
-        return sum(entry.samples for entry in self._entries.values())
+        return self.samples_from(0)
+
+    def samples_from(self, first: int) -> int:
+        """Of that round and later ones."""
+        return sum(entry.samples for entry in self._entries.values() if entry.round >= first)
+
+    @property
+    def newest(self) -> LedgerRound | None:
+        """The newest round."""
+        return self._entries[max(self._entries)] if self._entries else None
 
     @property
     def loss(self) -> float | None:
         """Of the newest round."""
-        return self._entries[max(self._entries)].loss if self._entries else None
-
-    @property
-    def rounds(self) -> Iterable[LedgerRound]:
-        return self._entries.values()
+        return None if self.newest is None else self.newest.loss
 
     @property
     def updates(self) -> dict[str, UpdateStatistics]:
         """What was measured of the newest round's updates, by worker."""
-        newest = self._entries[max(self._entries)].updates if self._entries else ()
-        return {one.worker: one for one in newest}
+        return {} if self.newest is None else {one.worker: one for one in self.newest.updates}
 
     def add(self, entry: LedgerRound) -> None:
-        """A round was applied; or it became more complete."""
-        known = entry.round in self._entries
+        """A round was applied."""
         self._entries[entry.round] = entry
-        if not known and entry.duration_s > 0:
+        if entry.duration_s > 0:
             rate = entry.samples / entry.duration_s
             mean = self.samples_per_s
             self.samples_per_s = rate if not mean else mean + _SHARE * (rate - mean)

@@ -17,7 +17,6 @@ from hypha.errors import HyphaError
 from hypha.features import printable
 from hypha.messages import ExecutorClass, Resources
 from hypha.naming import name_of, shown
-from hypha.node import ConnectionInfo
 from hypha.scheduler.data.datasets import ServedDataset
 from hypha.scheduler.descriptions import resources_of
 from hypha.scheduler.goodput.report import GoodputReport
@@ -62,6 +61,7 @@ def snapshot_of(
         message = stage.step
     else:
         message = sentence(config, machine, pool, dataset, output)
+    server = machine.server.peer if machine is not None and machine.server is not None else None
     snapshot = JobSnapshot(
         name=config.name,
         state="failed" if isinstance(outcome, HyphaError) else job_state(machine, pool, config),
@@ -82,12 +82,24 @@ def snapshot_of(
         scheduler=node.peer_id,
         scheduler_name=name_of(node.peer_id),
         held=tuple(_lease_snapshot(held, now) for held in pool.held),
-        connections=_connection_snapshots(node.connections()),
+        connections=tuple(
+            ConnectionSnapshot(
+                peer=one.peer,
+                kind=one.kind,
+                direction=one.direction,
+                address=one.address,
+                roles=tuple(sorted(one.roles)),
+                round_trip_s=one.round_trip_s,
+                name=name_of(one.peer),
+            )
+            for one in sorted(node.connections(), key=lambda one: (one.peer, one.address))
+        ),
         services=services,
+        parameter_server=server,
+        parameter_server_name=name_of(server or ""),
     )
     if machine is None:
         return snapshot
-    server = machine.server.peer if machine.server is not None else None
     return msgspec.structs.replace(
         snapshot,
         job_id=machine.start.job_id,
@@ -96,8 +108,6 @@ def snapshot_of(
         round=machine.round,
         theta=machine.theta,
         workers=_worker_snapshots(context, machine),
-        parameter_server=server,
-        parameter_server_name=name_of(server or ""),
         epoch=machine.tracker.epoch,
         refused=dict(machine.counts),
         slices=SliceCounts(**machine.tracker.counts()),
@@ -105,12 +115,11 @@ def snapshot_of(
 
 
 def _worker_snapshots(context: JobContext, machine: RoundMachine) -> tuple[WorkerSnapshot, ...]:
-    leases = {lease.worker.peer: lease.lease_id for lease in context.pool.leases if lease.kind == "train"}
-    versions = {lease.worker.peer: printable(lease.version) for lease in context.pool.leases}
+    leases = {lease.worker.peer: lease for lease in context.pool.leases if lease.kind == "train"}
     updates = context.progressed.updates
     shown = []
-    for member in machine.members.values():
-        peer, update = member.peer, updates.get(member.peer)
+    for peer, member in machine.members.items():
+        update, lease = updates.get(peer), leases.get(peer)
         worker = WorkerSnapshot(
             peer=peer,
             state=member.state(machine.round),
@@ -120,10 +129,10 @@ def _worker_snapshots(context: JobContext, machine: RoundMachine) -> tuple[Worke
             samples_per_s=member.samples_per_s,
             samples=member.total_samples,
             loss=member.loss if math.isfinite(member.loss) else None,
-            lease=leases.get(peer, ""),
+            lease="" if lease is None else lease.lease_id,
             update_norm=update.norm if update is not None else None,
             update_cosine=update.cosine if update is not None else None,
-            version=versions.get(peer, ""),
+            version="" if lease is None else printable(lease.version),
             name=name_of(peer),
             idle_share=member.idle_share,
         )
@@ -145,23 +154,6 @@ def _lease_snapshot(held: Holding, now: float) -> LeaseSnapshot:
         version=printable(lease.version),
         name=name_of(lease.worker.peer),
     )
-
-
-def _connection_snapshots(connections: Iterable[ConnectionInfo]) -> tuple[ConnectionSnapshot, ...]:
-    """In order of peers."""
-    found = [
-        ConnectionSnapshot(
-            peer=one.peer,
-            kind=one.kind,
-            direction=one.direction,
-            address=one.address,
-            roles=tuple(sorted(one.roles)),
-            round_trip_s=one.round_trip_s,
-            name=name_of(one.peer),
-        )
-        for one in connections
-    ]
-    return tuple(sorted(found, key=lambda one: (one.peer, one.address)))
 
 
 def job_state(machine: RoundMachine | None, pool: Pool, config: JobConfig) -> JobState:
