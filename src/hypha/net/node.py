@@ -41,7 +41,7 @@ from hypha.naming import learn, shown
 from hypha.net.bandwidth import Caps
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
-from hypha.net.discovery.gossip import Gossip, Publishers
+from hypha.net.discovery.gossip import Gossip
 from hypha.net.libp2p.host import make_host
 from hypha.net.libp2p.mutual_tls import MutualTls
 from hypha.net.libp2p.relay import RelayClient, RelayHop
@@ -123,9 +123,13 @@ class Libp2pNode:
         self._security.admit = self._doubles.admit
         self._reports = Reports(self._streams, nursery)
         self.report, self.answer_reports = self._reports.report, self._reports.answer
-        publishers = Publishers(options.identity, options.require_roles)
         self._gossip = Gossip(
-            self._host, self._gateways.connected, self._gossips_with, publishers, tuning.gossip
+            self._host,
+            self._gateways.connected,
+            self._gossips_with,
+            options.identity,
+            options.require_roles,
+            tuning.gossip,
         )
         self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
         self._gateways.joined = self._gossip.include

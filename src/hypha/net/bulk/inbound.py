@@ -1,44 +1,30 @@
-"""One transfer on its way in: what is known of it, and how what comes becomes a file.
-
-A file is collected beside its destination, verified, handed over. What is cut stays in the ``.part`` file for
-the next attempt; what is corrupt or refused is deleted. The other end is told how it ended when it has ended,
-and not before."""
+"""Transfers on their way in: what is known of each, who takes it, and which one gives way to which."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from hypha.errors import Refused
-from hypha.messages import PullFile, TransferMeta
+from hypha.messages import TransferMeta
 from hypha.net.bulk.connections import BulkConnection
-from hypha.net.bulk.files import DiskFailed, PartFile, WrongHash
-from hypha.net.bulk.wire import ConnectionBroken, Go, Verdict
-from hypha.net.peers.inbound_limits import Recent
+from hypha.net.bulk.wire import Verdict
 from hypha.node import Arrived, Gate
-
-logger = logging.getLogger(__name__)
 
 #: Less than this within ``STILL_S`` of ``turns.py`` is a trickle.
 TRICKLE_BYTES = 128 << 10
-#: Part files of which it is remembered what they are parts of.
-MAX_PARTS = 4096
-#: Finished transfers remembered, for a sender that did not hear the acknowledgement.
-MAX_REMEMBERED = 512
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Acceptor:
     """Takes files of one kind (of one job) that others send."""
 
     gate: Gate
     arrived: Arrived
-    inbound: set[Inbound] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -77,85 +63,75 @@ class Inbound:
         link, heard = self.heard()
         return link, heard // TRICKLE_BYTES
 
+    async def end(self) -> None:
+        """Cut it, unless it is here already, and return when it has ended."""
+        if not self.settling:
+            self.scope.cancel()
+        await self.ended.wait()
+
     def heard(self) -> tuple[int, int]:
         """What changes while something comes: the connection, and the bytes that came over it."""
         return (id(self.link), self.link.heard) if self.link is not None else (0, 0)
 
 
-class Collecting:
-    """Collects files; ``limiter`` is for threads that write them."""
+class Acceptance:
+    """Who takes what others send, and what is on its way in, which no two write to one place."""
 
-    def __init__(self, limiter: trio.CapacityLimiter) -> None:
-        self._limiter = limiter
-        #: what the .part files of this process are parts of
-        self._parts: Recent[Path, TransferMeta] = Recent(MAX_PARTS)
-        #: by caller and token: transfers that were finished
-        self.done: Recent[tuple[str, str], int] = Recent(MAX_REMEMBERED)
+    def __init__(self) -> None:
+        self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
+        self._inbound: dict[str, Inbound] = {}
 
-    def part_of(self, destination: Path, request: PullFile) -> TransferMeta | None:
-        """What this process has begun for such a ``request`` at ``destination``."""
-        meta = self._parts.get(destination)
-        same = meta is not None and (meta.kind, meta.name) == (request.kind, request.name)
-        return meta if same else None
+    @property
+    def under_way(self) -> int:
+        return len(self._inbound)
 
-    async def open_part(self, inbound: Inbound, stack: ExitStack, fresh: bool = False) -> PartFile:
-        """Its part file, open where it goes on (``fresh``: from the beginning), to be filled by ``collect``;
-        ``stack`` closes it at its true length where it does not become a file. DiskFailed.
+    def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
+        key = (kind, job_id)
+        if key in self._acceptors:
+            raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
+        acceptor = self._acceptors[key] = Acceptor(gate, arrived)
+
+        def stop() -> None:
+            if self._acceptors.get(key) is acceptor:
+                del self._acceptors[key]
+            for inbound in list(self._inbound.values()):
+                # ``arrived`` itself may be the one that stops
+                if inbound.acceptor is acceptor and not inbound.settling:
+                    inbound.scope.cancel()
+
+        return stop
+
+    def acceptor_of(self, meta: TransferMeta) -> Acceptor:
+        """Refused where nobody takes such files."""
+        job_id = meta.stamp.job_id if meta.stamp is not None else None
+        acceptor = self._acceptors.get((meta.kind, job_id)) or self._acceptors.get((meta.kind, None))
+        if acceptor is None:
+            raise Refused("not-found", f"nobody here takes files of kind {meta.kind!r} for this job")
+        return acceptor
+
+    def of_token(self, token: str) -> Inbound | None:
+        return self._inbound.get(token)
+
+    @contextlib.contextmanager
+    def tracked(self, inbound: Inbound) -> Iterator[None]:
+        """The transfer is under way meanwhile."""
+        self._inbound[inbound.token] = inbound
+        try:
+            yield
+        finally:
+            inbound.ended.set()
+            if self._inbound.get(inbound.token) is inbound:
+                del self._inbound[inbound.token]
+
+    async def claim(self, inbound: Inbound) -> None:
+        """See that nothing else writes to its destination: a sender that starts anew ends its own earlier
+        transfer. Refused.
         """
-        meta, destination = inbound.meta, inbound.destination
-        part = PartFile(destination, meta)
-        stack.callback(part.abandon)
-        fresh = fresh or self._parts.get(destination, meta).checked != meta.checked
-        self._parts[destination] = meta
-        try:
-            await trio.to_thread.run_sync(part.open, fresh, abandon_on_cancel=True, limiter=self._limiter)
-        except DiskFailed:
-            part.discard()
-            raise
-        return part
-
-    async def collect(self, link: BulkConnection, inbound: Inbound, part: PartFile, go: Go) -> Verdict:
-        """Receive, verify, hand over; how that ended, which the other end is told. ConnectionBroken."""
-        try:
-            await link.collect(part, inbound.meta, go)
-            inbound.settling = True
-            await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
-        except WrongHash as exc:
-            logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=inbound.log_fields)
-            # what an earlier process left behind may have been part of something else: once more, from 0
-            verdict = Verdict("corrupt", reason=str(exc), again=go.offset > 0)
-        except DiskFailed as exc:
-            part.discard()
-            return await self.disk_failed(link, inbound, exc)
-        else:
-            verdict = await link.while_working(lambda: self._hand_over(inbound))
-        self._parts.pop(inbound.destination, None)
-        if verdict.outcome == "ok":
-            self.done[inbound.caller, inbound.token] = inbound.meta.size
-        with contextlib.suppress(ConnectionBroken):  # a sender that misses it asks again
-            await link.say(verdict)
-        return verdict
-
-    async def disk_failed(self, link: BulkConnection, inbound: Inbound, exc: DiskFailed) -> Verdict:
-        """Tell the other end that it cannot be written."""
-        logger.error("%s", exc, extra=inbound.log_fields)
-        refusal = Verdict("refused", "no-space" if exc.full else "internal", str(exc))
-        with contextlib.suppress(ConnectionBroken):
-            await link.say(refusal)
-        await link.drain()
-        return refusal
-
-    async def _hand_over(self, inbound: Inbound) -> Verdict:
-        if inbound.acceptor is None:
-            return Verdict("ok")
-        try:
-            await inbound.acceptor.arrived(inbound.caller, inbound.meta, inbound.destination)
-        except Refused as exc:
-            refused = exc
-        except Exception:  # the edge of the service: the receiver's own code failed
-            logger.exception("Taking %s failed.", inbound.meta.name, extra=inbound.log_fields)
-            refused = Refused("internal", f"taking {inbound.meta.name} failed there; its log says more")
-        else:
-            return Verdict("ok")
-        inbound.destination.unlink(missing_ok=True)
-        return Verdict("refused", refused.code, refused.reason)
+        while others := [
+            one
+            for one in self._inbound.values()
+            if one.destination == inbound.destination and one is not inbound
+        ]:
+            if others[0].caller != inbound.caller or others[0].settling:
+                raise Refused("busy", f"{others[0].meta.name} is being received already")
+            await others[0].end()

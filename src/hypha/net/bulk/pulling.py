@@ -140,10 +140,10 @@ class Pulling:
         """What was said of the file, which is here; None when what came was not it, and another attempt may
         bring it. Refused, ConnectionBroken, PeerUnreachable, TransferFailed.
         """
-        known = pull.expect or pull.meta or self._receiving.collecting.part_of(pull.destination, pull.request)
+        known = pull.expect or pull.meta or self._receiving.part_of(pull.destination, pull.request)
         meta = known or TransferMeta(kind=pull.request.kind, name=pull.request.name, size=0)
         inbound = pull.inbound = Inbound(new_token(), pull.peer_id, meta, pull.destination)
-        with self._receiving.tracked(inbound), inbound.scope, ExitStack() as stack:
+        with self._receiving.acceptance.tracked(inbound), inbound.scope, ExitStack() as stack:
             try:
                 async with self._receiving.places.hold(inbound.moved):
                     part = await self._open_part(inbound, stack) if known is not None else None
@@ -168,7 +168,7 @@ class Pulling:
     async def _open_part(self, inbound: Inbound, stack: ExitStack, fresh: bool = False) -> PartFile:
         """Refused, DiskFailed."""
         await self._receiving.make_space(inbound)
-        return await self._receiving.collecting.open_part(inbound, stack, fresh)
+        return await self._receiving.open_part(inbound, stack, fresh)
 
     async def _receive(
         self, pull: WantedFile, inbound: Inbound, part: PartFile | None, stack: ExitStack
@@ -202,7 +202,7 @@ class Pulling:
             pull.offset = go.offset
             with receiving(inbound):
                 note_link(link)
-                verdict = inbound.verdict = await self._receiving.collecting.collect(link, inbound, part, go)
+                verdict = inbound.verdict = await self._receiving.collect(link, inbound, part, go)
             reusable = inbound.arrived
             return verdict
         finally:

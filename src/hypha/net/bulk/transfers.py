@@ -46,7 +46,7 @@ class BulkTransfers:
         self._pulling = Pulling(links, self._rendezvous, kept, self._receiving)
         self._rendezvous.send, self._rendezvous.receive = self._sending.wanted, self._receiving.offered
         self.serve = self._sending.serve
-        self.accept = self._receiving.accept
+        self.accept = self._receiving.acceptance.accept
         #: take over an incoming blocking connection
         self.serve_socket = self._rendezvous.serve_socket
         self.cut_untrusted = self._rendezvous.cut_untrusted
@@ -54,7 +54,7 @@ class BulkTransfers:
     @property
     def under_way(self) -> dict[str, int]:
         """How many files are on their way, or are to be, ``inbound`` and ``outbound``."""
-        return {"inbound": self._receiving.under_way, "outbound": self._sending.under_way}
+        return {"inbound": self._receiving.acceptance.under_way, "outbound": self._sending.under_way}
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then every thread and socket of the bulk plane is ended."""

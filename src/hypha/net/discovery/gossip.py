@@ -55,7 +55,8 @@ _decoder = msgspec.msgpack.Decoder(GossipEnvelope)
 
 class Gossip:
     """Publishes and hears :class:`WorkerRequest`; ``gateways`` says who is worth waiting for,
-    ``concerns`` with whom gossip is exchanged at all, ``publishers`` whose certificate allows to publish.
+    ``concerns`` with whom gossip is exchanged at all; ``identity`` judges who may publish, by the certificate
+    that comes with a message.
     """
 
     def __init__(
@@ -63,11 +64,14 @@ class Gossip:
         host: Any,
         gateways: Callable[[], list[str]],
         concerns: Callable[[str], bool],
-        publishers: Publishers,
+        identity: Identity,
+        require_roles: bool,
         mesh: GossipTuning,
     ) -> None:
         self._gateways = gateways
-        self._publishers = publishers
+        self._identity = identity
+        self._require_roles = require_roles
+        self._over_limit = OverLimit()
         pubsub.install()
         self._router = pubsub.Router(
             protocols=[PROTOCOL_ID_V12],
@@ -111,7 +115,9 @@ class Gossip:
         with span(GOSSIP_PUBLISH, _attributes("send"), kind=SpanKind.PRODUCER):
             await self._wait_for_mesh()
             envelope = GossipEnvelope(
-                body=message, traceparent=traceparent(), certificates=self._publishers.own_certificates
+                body=message,
+                traceparent=traceparent(),
+                certificates=self._identity.certificates[:MAX_CERTIFICATES],
             )
             await self._pubsub.publish(WORKER_TOPIC, msgspec.msgpack.encode(envelope))
         GOSSIP_MESSAGES.add(event="published")
@@ -139,10 +145,40 @@ class Gossip:
         publisher = ID(raw.from_id)
         if publisher == self._pubsub.my_id:
             return True
-        if len(raw.data) > MAX_MESSAGE_BYTES or self._publishers.refused(str(publisher), raw.data):
+        if len(raw.data) > MAX_MESSAGE_BYTES or self._refused(str(publisher), raw.data):
             GOSSIP_MESSAGES.add(event="dropped")
             return False
         return True
+
+    def _refused(self, publisher: str, message: bytes) -> bool:
+        """Whether ``message``, which ``publisher`` has signed, is to be dropped, which is logged once."""
+        problem = self._problem(publisher, message)
+        if problem is None:
+            return False
+        level = logging.WARNING if self._over_limit.is_first(publisher, WORKER_TOPIC) else logging.DEBUG
+        text = "Dropped what %s has published: %s."
+        logger.log(level, text, shown(publisher), problem, extra={"peer_id": publisher})
+        return True
+
+    def _problem(self, publisher: str, message: bytes) -> str | None:
+        certificates: CertificateChain = ()
+        with suppress(Undecodable):
+            certificates = decode(_certified.decode, message).certificates
+        if not certificates:
+            return "no certificate is with it"
+        try:
+            vouched = self._identity.check(certificates[0], certificates[1:])
+        except IdentityError as exc:
+            return exc.problems[0].message
+        if vouched.peer_id != publisher:
+            return "the certificate with it is of another peer"
+        if not vouched.roles and self._require_roles:
+            return "its certificate carries no role, and one is required here"
+        allowed = TOPICS[WORKER_TOPIC].by
+        if not may_act_as(vouched.roles, allowed):
+            has = carries(vouched.roles)
+            return f"{WORKER_TOPIC} is for {named(allowed)}, and its certificate carries {has}"
+        return None
 
     async def _drain(self, subscription: Any) -> None:
         while True:
@@ -236,47 +272,3 @@ class _Certified(Struct):
 
 
 _certified = msgspec.msgpack.Decoder(_Certified)
-
-
-class Publishers:
-    """Judges publishers by ``identity``'s trust."""
-
-    def __init__(self, identity: Identity, require_roles: bool) -> None:
-        self._identity = identity
-        self._require_roles = require_roles
-        self._over_limit = OverLimit()
-
-    @property
-    def own_certificates(self) -> tuple[bytes, ...]:
-        """What to send along with a message of one's own."""
-        return self._identity.certificates[:MAX_CERTIFICATES]
-
-    def refused(self, publisher: str, message: bytes) -> bool:
-        """Whether ``message``, which ``publisher`` has signed, is to be dropped, which is logged once."""
-        problem = self._problem(publisher, message)
-        if problem is None:
-            return False
-        level = logging.WARNING if self._over_limit.is_first(publisher, WORKER_TOPIC) else logging.DEBUG
-        text = "Dropped what %s has published: %s."
-        logger.log(level, text, shown(publisher), problem, extra={"peer_id": publisher})
-        return True
-
-    def _problem(self, publisher: str, message: bytes) -> str | None:
-        certificates: CertificateChain = ()
-        with suppress(Undecodable):
-            certificates = decode(_certified.decode, message).certificates
-        if not certificates:
-            return "no certificate is with it"
-        try:
-            vouched = self._identity.check(certificates[0], certificates[1:])
-        except IdentityError as exc:
-            return exc.problems[0].message
-        if vouched.peer_id != publisher:
-            return "the certificate with it is of another peer"
-        if not vouched.roles and self._require_roles:
-            return "its certificate carries no role, and one is required here"
-        allowed = TOPICS[WORKER_TOPIC].by
-        if not may_act_as(vouched.roles, allowed):
-            has = carries(vouched.roles)
-            return f"{WORKER_TOPIC} is for {named(allowed)}, and its certificate carries {has}"
-        return None

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,8 +21,12 @@ from hypha.errors import PeerUnreachable, Refused, TransferCorrupt, TransferFail
 from hypha.files.staging import write_whole
 from hypha.messages import PeerRef, PullFile, TransferMeta
 from hypha.net.bulk.files import StreamHash, quick_hasher, strong_hasher
+from hypha.net.bulk.inbound import Acceptance, Inbound
+from hypha.net.bulk.pulling import WantedFile
+from hypha.net.bulk.receiving import MAX_REMEMBERED, RESERVE_BYTES
 from hypha.net.bulk.turns import Retries, TransferSlots
-from hypha.node import Arrived, Gate, Provider, Served
+from hypha.net.peers.inbound_limits import Recent
+from hypha.node import Provider, Served
 from hypha.runtime import free_bytes, in_thread, new_id
 from hypha.simulation.net.network import STALL_S, SimulatedLinkBroken
 
@@ -36,26 +37,7 @@ logger = logging.getLogger("hypha.simulation")
 
 #: as in hypha.net.bulk.sending and hypha.net.bulk.receiving
 _MAX_AT_ONCE = 2
-_RESERVE_BYTES = 16 << 20
 _FIRST_WORD_S = 10.0
-_MAX_REMEMBERED = 512
-
-
-@dataclass(eq=False)
-class _Acceptor:
-    gate: Gate
-    arrived: Arrived
-    inbound: dict[_Inbound, None] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class _Inbound:
-    caller: str
-    token: str
-    destination: Path
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    ended: trio.Event = field(default_factory=trio.Event)
-    settling: bool = False
 
 
 class SimulatedTransfers:
@@ -63,10 +45,10 @@ class SimulatedTransfers:
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
-        self._acceptors: dict[tuple[str, str | None], _Acceptor] = {}
+        self._acceptance = Acceptance()
+        self.accept = self._acceptance.accept
         self._providers: dict[str, Provider] = {}
-        self._inbound: dict[_Inbound, None] = {}
-        self._done: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._done: Recent[tuple[str, str], None] = Recent(MAX_REMEMBERED)
         #: from whom the last pull came, so that a connection is kept
         self._reached: dict[str, SimulatedNode] = {}
         self.sending = TransferSlots(_MAX_AT_ONCE)
@@ -81,21 +63,6 @@ class SimulatedTransfers:
     def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
         """Answer pulls of ``kind``; ``served`` is for metrics and traces, which a simulated node has not."""
         self._providers[kind] = provider
-
-    def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
-        key = (kind, job_id)
-        if key in self._acceptors:
-            raise ValueError(f"files of kind {kind!r} of job {job_id!r} are accepted by somebody already")
-        acceptor = self._acceptors[key] = _Acceptor(gate, arrived)
-
-        def stop() -> None:
-            if self._acceptors.get(key) is acceptor:
-                del self._acceptors[key]
-            for inbound in list(acceptor.inbound):
-                if not inbound.settling:
-                    inbound.scope.cancel()
-
-        return stop
 
     # --- sending ------------------------------------------------------------------------------------
 
@@ -139,50 +106,31 @@ class SimulatedTransfers:
         if (caller, token) in self._done:
             return
         self._require(caller, KINDS[meta.kind].senders, meta.kind)
-        job_id = meta.stamp.job_id if meta.stamp is not None else None
-        acceptor = self._acceptors.get((meta.kind, job_id)) or self._acceptors.get((meta.kind, None))
-        if acceptor is None:
-            raise Refused("not-found", f"nobody here takes files of kind {meta.kind!r} for this job")
+        acceptor = self._acceptance.acceptor_of(meta)
         destination = await acceptor.gate(caller, meta)
-        if meta.size > max(0, free_bytes(destination.parent) - _RESERVE_BYTES):
+        if meta.size > max(0, free_bytes(destination.parent) - RESERVE_BYTES):
             raise Refused("no-space", f"{meta.name} has {meta.size} bytes; the disk of {destination} is full")
-        await self._supersede(caller, token, destination)
-        inbound = _Inbound(caller, token, destination)
-        self._inbound[inbound] = acceptor.inbound[inbound] = None
-        try:
-            with inbound.scope:
-                held = [0.0]
-                async with self.receiving.hold(lambda: held[0]):
-                    if caller != self._node.peer_id:
-                        await self._flow(caller, len(data), STALL_S, held, progress)
-                    self._write(destination, data, meta, caller)
-                inbound.settling = True
-                try:
-                    await acceptor.arrived(caller, meta, destination)
-                except Refused:
-                    destination.unlink(missing_ok=True)
-                    raise
-                self._done[caller, token] = None
-                while len(self._done) > _MAX_REMEMBERED:
-                    self._done.popitem(last=False)
-        finally:
-            self._inbound.pop(inbound, None)
-            acceptor.inbound.pop(inbound, None)
-            inbound.ended.set()
+        inbound = Inbound(token, caller, meta, destination, acceptor)
+        await self._acceptance.claim(inbound)
+        with self._acceptance.tracked(inbound), inbound.scope:
+            held = [0.0]
+            async with self.receiving.hold(lambda: held[0]):
+                if caller != self._node.peer_id:
+                    await self._flow(caller, len(data), STALL_S, held, progress)
+                self._write(destination, data, meta, caller)
+            inbound.settling = True
+            try:
+                await acceptor.arrived(caller, meta, destination)
+            except Refused:
+                destination.unlink(missing_ok=True)
+                raise
+            self._done[caller, token] = None
         if inbound.scope.cancelled_caught:
             raise SimulatedLinkBroken("the receiver does not want it any more")
 
     def _require(self, peer: str, allowed: Allowed, kind: str) -> None:
         if peer != self._node.peer_id and not self._node.may(peer, allowed):
             raise Refused("role", f"files of kind {kind!r} need the role {named(allowed)}")
-
-    async def _supersede(self, caller: str, token: str, destination: Path) -> None:
-        for one in list(self._inbound):
-            if one.destination == destination:
-                if one.caller != caller or one.settling:
-                    raise Refused("busy", f"{destination.name} is being received already")
-                one.scope.cancel()
-                await one.ended.wait()
 
     async def _flow(
         self,
@@ -245,13 +193,8 @@ class SimulatedTransfers:
         held = [0.0]
         async with self.receiving.hold(lambda: held[0]):
             data, meta = await self._ask(name, request)
-            if meta.size > max_bytes:
-                raise Refused("too-large", f"{request.name} has {meta.size} bytes", name)
-            if meta.kind != request.kind or (
-                expect is not None and (meta.size, meta.blake3) != (expect.size, expect.blake3)
-            ):
-                raise TransferCorrupt(name, request.name, "it offers other content than was promised")
-            if meta.size > max(0, free_bytes(destination.parent) - _RESERVE_BYTES):
+            WantedFile(name, request, destination, expect, max_bytes).check(meta)
+            if meta.size > max(0, free_bytes(destination.parent) - RESERVE_BYTES):
                 raise TransferFailed(name, request.name, "there is no room for it here")
             sender = self._node.network.nodes.get(name)
             if sender is None:
@@ -326,4 +269,4 @@ class SimulatedTransfers:
             raise Refused("not-found", f"{request.name} cannot be read: {exc}") from exc
 
     def idle(self) -> bool:
-        return not self._inbound and not self.sending.held and not self.receiving.held
+        return not self._acceptance.under_way and not self.sending.held and not self.receiving.held
