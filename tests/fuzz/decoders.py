@@ -43,7 +43,7 @@ from hypha.net.discovery.dht import _check, _refs
 from hypha.net.discovery.gossip import _hop
 from hypha.net.libp2p.protobuf_messages import decode_message, peer_id_in, traceparent_of
 from hypha.net.peers.addresses import AddressBook, host_and_port, ip_of, parse
-from hypha.pki.certificates import parse_der, peer_id_of, roles_in
+from hypha.pki.certificates import ed25519_key_of, parse_der, peer_id_of_key, roles_in
 from hypha.pki.identity import IdentityFiles, load_identity
 from hypha.scheduler.durable.ledger import read_ledger
 from hypha.scheduler.status.history import read_history
@@ -265,6 +265,6 @@ def _identities(directory: Path) -> Iterator[Target]:
     der = x509.load_pem_x509_certificate(files.cert.read_bytes()).public_bytes(Encoding.DER)
 
     def certificate(data: bytes) -> None:
-        decode(lambda one: (peer_id_of(one), roles_in(parse_der(one))), data)
+        decode(lambda one: (peer_id_of_key(ed25519_key_of(parse_der(one))), roles_in(parse_der(one))), data)
 
     yield Target("certificate", certificate, (der,))

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from hypha.errors import IdentityError
 from hypha.pki.authority import CaFiles, MadeFiles, make_node, make_org, make_root, renew_node, revoke
-from hypha.pki.certificates import parse_der, peer_id_of, peer_id_of_key, presented_chain, roles_in
+from hypha.pki.certificates import ed25519_key_of, parse_der, peer_id_of_key, presented_chain, roles_in
 from hypha.pki.identity import Identity, IdentityFiles, load_identity
 
 
@@ -86,7 +86,7 @@ def test_a_made_identity_loads(world: World) -> None:
     files = world.node("n", roles=("worker", "data"))
     identity = load_identity(files)
     der = x509.load_pem_x509_certificate(files.cert.read_bytes()).public_bytes(serialization.Encoding.DER)
-    assert identity.peer_id == peer_id_of(der)
+    assert identity.peer_id == peer_id_of_key(ed25519_key_of(parse_der(der)))
     assert identity.roles == roles_in(parse_der(der)) == {"worker", "data"}
     assert identity.expirations()["certificate"] > datetime.now(UTC) + timedelta(days=360)
 
@@ -407,7 +407,7 @@ def test_peers_that_send_nonsense_get_an_identity_error(world: World) -> None:
         with pytest.raises(IdentityError):
             identity.check(nonsense)
         with pytest.raises(IdentityError):
-            peer_id_of(nonsense)
+            peer_id_of_key(ed25519_key_of(parse_der(nonsense)))
         with pytest.raises(IdentityError):
             identity.check(der_of(world.node(f"b{len(nonsense)}")), [nonsense])
 

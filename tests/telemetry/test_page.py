@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.support.stopwatch import Stopwatch
 from hypha.messages import HealthReport, Resources
 from hypha.telemetry import serve_http
 from hypha.telemetry.http.hosts import is_loopback
-from hypha.telemetry.page import ASSETS, Message, PageFeed, page_routes, token_in, worker_routes
+from hypha.telemetry.page import ASSETS, Message, Next, PageFeed, page_routes, token_in, worker_routes
 
 TOKEN = "a-token-that-nobody-guesses"
 
@@ -38,6 +38,13 @@ class Story:
         number = next(iter(count))
         first = [("past", {"rounds": []})] if number == 0 else []
         return [*first, ("now", {"number": number, "text": "x" * self.size})]
+
+
+def paced(begin: Callable[[], Next], **pace: float) -> PageFeed:
+    """A feed with other intervals and bounds."""
+    feed = PageFeed(begin)
+    vars(feed).update(pace)
+    return feed
 
 
 def health() -> HealthReport:
@@ -87,14 +94,14 @@ async def read(address: str, count: int, query: str = "") -> list[tuple[str, dic
 
 
 async def test_a_viewer_is_told_the_past_and_then_what_is_new() -> None:
-    async with serving(PageFeed(Story().begin, interval_s=0.01)) as address:
+    async with serving(paced(Story().begin, interval_s=0.01)) as address:
         events = await read(address, 4)
     assert [name for name, _ in events] == ["past", "now", "now", "now"]
     assert [event["number"] for _, event in events[1:]] == [0, 1, 2]
 
 
 async def test_everybody_is_told_the_end() -> None:
-    feed = PageFeed(Story().begin, interval_s=60.0)
+    feed = paced(Story().begin, interval_s=60.0)
     found: list[list[tuple[str, dict[str, object]]]] = []
     async with serving(feed) as address, trio.open_nursery() as nursery:
 
@@ -114,7 +121,7 @@ async def test_everybody_is_told_the_end() -> None:
 
 
 async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
-    feed = PageFeed(Story().begin, interval_s=0.01, max_viewers=2)
+    feed = paced(Story().begin, interval_s=0.01, max_viewers=2)
     async with serving(feed) as address, client(address) as http:
         async with await open_events(address), await open_events(address):
             await until(lambda: feed.viewers == 2)
@@ -127,7 +134,7 @@ async def test_viewers_are_bounded_and_one_that_leaves_makes_room() -> None:
 
 async def test_one_that_does_not_read_is_dropped_and_holds_up_nobody() -> None:
     story = Story(size=200_000)
-    feed = PageFeed(story.begin, interval_s=0.001, slow_s=0.3)
+    feed = paced(story.begin, interval_s=0.001, slow_s=0.3)
     async with serving(feed) as address:
         async with await open_events(address):
             await until(lambda: feed.viewers == 1)
@@ -143,7 +150,7 @@ async def test_one_that_does_not_read_is_dropped_and_holds_up_nobody() -> None:
 
 
 async def test_the_node_ends_at_once_while_one_does_not_read() -> None:
-    feed = PageFeed(Story(size=200_000).begin, interval_s=0.001, slow_s=60.0)
+    feed = paced(Story(size=200_000).begin, interval_s=0.001, slow_s=60.0)
     with trio.fail_after(20):
         async with serving(feed) as address:
             stalled = await open_events(address)
@@ -206,7 +213,7 @@ def test_what_peers_say_never_becomes_markup() -> None:
 
 
 async def test_with_a_token_nobody_else_reads() -> None:
-    feed = PageFeed(Story().begin, interval_s=0.01)
+    feed = paced(Story().begin, interval_s=0.01)
     async with serving(feed, TOKEN) as address, client(address) as http:
         for path in ("/status", "/events", "/status?token=other", "/status?token=", f"/status?x={TOKEN}"):
             refused = await http.get(path)

@@ -78,11 +78,6 @@ def ed25519_key_of(certificate: x509.Certificate) -> Ed25519PublicKey:
     return key
 
 
-def peer_id_of(certificate_der: bytes) -> str:
-    """PeerID of a certificate's key; IdentityError when the key is not Ed25519."""
-    return peer_id_of_key(ed25519_key_of(parse_der(certificate_der)))
-
-
 def roles_in(certificate: x509.Certificate) -> frozenset[str]:
     """Roles from URI names ``urn:hypha:role:<role>``, as they are written; empty means any (unless a node
     requires roles).

@@ -46,7 +46,7 @@ from hypha.net.bulk.wire import (
 )
 from hypha.net.peers.inbound_limits import REMEMBERED, Recent, counted
 from hypha.net.sockets import resend_soon, set_buffers
-from hypha.pki.certificates import peer_id_of, presented_chain
+from hypha.pki.certificates import presented_chain
 from hypha.tracing import trace_context
 
 logger = logging.getLogger(__name__)
@@ -314,8 +314,7 @@ class Rendezvous:
         certificate = tls.getpeercert(binary_form=True)
         if certificate is None:
             raise ConnectionBroken("the peer showed no certificate")
-        self._links.identity.check(certificate, presented_chain(tls))
-        return peer_id_of(certificate)
+        return self._links.identity.check(certificate, presented_chain(tls)).peer_id
 
     def _arrived(self, first: Hello | BulkOffer | WantFile, link: SocketConnection) -> None:
         self._proven.add(link)

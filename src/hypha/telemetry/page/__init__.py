@@ -68,10 +68,6 @@ Message = tuple[str, object]
 #: what is new since it was called last
 Next = Callable[[], Iterable[Message]]
 
-MAX_VIEWERS = 16
-_INTERVAL_S = 0.5
-#: a viewer that took nothing for so long is dropped
-_SLOW_S = 10.0
 #: until a browser asks again after it was cut off
 _RETRY_MS = 1000
 
@@ -182,18 +178,13 @@ class PageFeed:
     be written to, at most every ``interval_s``.
     """
 
-    def __init__(
-        self,
-        begin: Callable[[], Next],
-        *,
-        interval_s: float = _INTERVAL_S,
-        slow_s: float = _SLOW_S,
-        max_viewers: int = MAX_VIEWERS,
-    ) -> None:
+    max_viewers = 16
+    interval_s = 0.5
+    #: a viewer that took nothing for so long is dropped
+    slow_s = 10.0
+
+    def __init__(self, begin: Callable[[], Next]) -> None:
         self._begin = begin
-        self._interval_s = interval_s
-        self._slow_s = slow_s
-        self._max_viewers = max_viewers
         self._ending = trio.Event()
         self._left = trio.Event()
         self.viewers = 0
@@ -206,7 +197,7 @@ class PageFeed:
                 await self._left.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.viewers >= self._max_viewers:
+        if self.viewers >= self.max_viewers:
             text = f"{self.viewers} viewers look at this page already: close one.\n"
             await PlainTextResponse(text, 503, headers={"retry-after": "10"})(scope, receive, send)
             return
@@ -233,15 +224,15 @@ class PageFeed:
             chunk += b"".join(_event(name, value) for name, value in news())
             if ending:
                 chunk += b"event: end\ndata: {}\n\n"
-            with trio.move_on_after(self._slow_s) as waiting:
+            with trio.move_on_after(self.slow_s) as waiting:
                 await send({"type": "http.response.body", "body": chunk, "more_body": not ending})
             if waiting.cancelled_caught:
-                logger.info("A viewer of the page was dropped, as it read nothing for %g s.", self._slow_s)
+                logger.info("A viewer of the page was dropped, as it read nothing for %g s.", self.slow_s)
                 return
             if ending:
                 return
             chunk = b""
-            with trio.move_on_after(self._interval_s):
+            with trio.move_on_after(self.interval_s):
                 await self._ending.wait()
 
 
