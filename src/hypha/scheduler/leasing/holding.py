@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
-from opentelemetry.trace import Status, StatusCode, use_span
+from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.messages import LeaseRenewed, RenewLease
@@ -89,7 +89,8 @@ async def keep_renewed(held: Holding, node: Node, report: Callable[[Holding, Rep
     scope is cancelled. ``report`` receives what becomes of it. A span covers all attempts of one renewal; the
     first one accepts the offer, and belongs to the span in which that was received.
     """
-    renewal, span = held.renewal, None
+    renewal = held.renewal
+    span: Span | None = None
     operation, parent = RENEW_LEASE if held.gained else ACCEPT_OFFER, held.offered_in
     events: list[RenewalEvent] = [Tick()]
     with held.scope, contextlib.ExitStack() as spans:
