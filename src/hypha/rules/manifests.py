@@ -12,9 +12,8 @@ import blake3
 import msgspec
 
 from hypha.messages import Manifest
+from hypha.rules.contributions import MOST_COUNT
 
-#: samples and bytes of a slice: what JSON, floats and SQLite hold exactly
-_MOST = (1 << 53) - 1
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,7 +37,9 @@ def manifest_problem(manifest: Manifest, stated_hash: str) -> str:
     if not manifest.slices:
         return "its manifest lists no slices"
     for index, part in enumerate(manifest.slices):
-        if not (1 <= part.samples <= _MOST and 1 <= part.size <= _MOST and _HASH.fullmatch(part.blake3)):
+        if not (
+            1 <= part.samples <= MOST_COUNT and 1 <= part.size <= MOST_COUNT and _HASH.fullmatch(part.blake3)
+        ):
             return f"its manifest says of slice {index} what cannot be"
     found = manifest_hash(manifest)
     return "" if found == stated_hash else f"its manifest has the hash {found[:16]}, not {stated_hash[:16]}"

@@ -120,7 +120,13 @@ async def load_datasets(config: DataConfig, locks: contextlib.ExitStack | None =
                 )
             found.append(dataset)
             if config.verify_at_start:
-                problems += await _verified(key, dataset)
+                for path, part in zip(dataset.paths, dataset.manifest.slices, strict=True):
+                    logger.info("Verifying %s.", path)
+                    wrong = await in_thread(
+                        slice_problem, path, part, dataset.manifest, abandon_on_cancel=True
+                    )
+                    if wrong is not None:
+                        problems.append(Problem(key, f"{path}: {wrong}"))
         except DataError as exc:
             problems += [Problem(key, line) for line in str(exc).splitlines()]
     if problems:
@@ -164,16 +170,6 @@ async def lock_for_serving(directory: Path, locks: contextlib.ExitStack) -> None
 def _share_lock(directory: Path) -> int | None:
     require_readable(directory)
     return lock(directory, fcntl.LOCK_SH)
-
-
-async def _verified(key: str, dataset: Dataset) -> list[Problem]:
-    problems = []
-    for path, part in zip(dataset.paths, dataset.manifest.slices, strict=True):
-        logger.info("Verifying %s.", path)
-        wrong = await in_thread(slice_problem, path, part, dataset.manifest, abandon_on_cancel=True)
-        if wrong is not None:
-            problems.append(Problem(key, f"{path}: {wrong}"))
-    return problems
 
 
 async def announce(node: Node, dataset: Dataset, interval_s: float) -> None:

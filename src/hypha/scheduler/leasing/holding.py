@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
-from opentelemetry.trace import Status, StatusCode, use_span
+from opentelemetry.trace import Span, Status, StatusCode, use_span
 
 from hypha.errors import NetworkError, PeerUnreachable, Refused
 from hypha.messages import LeaseRenewed, RenewLease
@@ -40,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 #: A worker that has not ended so long after the end it announced has its lease released.
 OVERSTAY_S = 5.0
-#: A worker's announcement of its end is passed on at most this often; workers send one a second.
-LEAVING_PAUSE_S = 0.2
 #: How long a lease that an earlier scheduler gained counts as held until its worker confirms it. It may last
 #: longer, but the job is not held up for a worker that may be gone.
 ADOPT_S = 10.0
@@ -61,7 +59,7 @@ class Holding:
     connection_lost: bool = False
     revoked: bool = False
     #: when its worker ends, where the worker has announced it; and why it has ended the lease itself
-    leaves_at: float | None = None
+    leaves_at: float = math.inf
     handed_back: str | None = None
     #: when that was passed on last
     leaving_passed_on_at: float = -math.inf
@@ -75,7 +73,7 @@ class Holding:
     @property
     def overstays_at(self) -> float:
         """When its worker, if it has announced its end, should have ended for a while."""
-        return math.inf if self.leaves_at is None else self.leaves_at + OVERSTAY_S
+        return self.leaves_at + OVERSTAY_S
 
     @property
     def log_fields(self) -> dict[str, str]:
@@ -85,27 +83,14 @@ class Holding:
     def attributes(self) -> dict[str, str]:
         return {"hypha.lease": self.lease.lease_id, "hypha.peer": self.lease.worker.peer}
 
-    def announced_end(self, left_s: float, now: float) -> float | None:
-        """Its worker has announced at ``now`` that it ends in ``left_s``. How long is left, where that is to
-        be passed on; None where it was a moment ago.
-        """
-        # an announcement may bring the end forward, never put it off: the job must not hold a worker
-        # and its replacement for ever
-        self.leaves_at = min(now + left_s, math.inf if self.leaves_at is None else self.leaves_at)
-        self.nudge.set()
-        # events are never dropped, so a worker must not be able to make many
-        if now < self.leaving_passed_on_at + LEAVING_PAUSE_S:
-            return None
-        self.leaving_passed_on_at = now
-        return max(0.0, self.leaves_at - now)
-
 
 async def keep_renewed(held: Holding, node: Node, report: Callable[[Holding, Reported], None]) -> None:
     """Accept the lease by its first renewal, and renew it as its machine decides, until it lapses or its
     scope is cancelled. ``report`` receives what becomes of it. A span covers all attempts of one renewal; the
     first one accepts the offer, and belongs to the span in which that was received.
     """
-    renewal, span = held.renewal, None
+    renewal = held.renewal
+    span: Span | None = None
     operation, parent = RENEW_LEASE if held.gained else ACCEPT_OFFER, held.offered_in
     events: list[RenewalEvent] = [Tick()]
     with held.scope, contextlib.ExitStack() as spans:

@@ -49,6 +49,8 @@ RELEASE_TIMEOUT_S = 2.0
 #: While workers are missing, that is logged again after this long.
 REMIND_S = 15.0
 _GIVEN_BACK = "given back, as there are too few workers to begin, and other schedulers ask for this one"
+#: A worker's announcement of its end is passed on at most this often; workers send one a second.
+LEAVING_PAUSE_S = 0.2
 #: Releases at once: few, since acceptances are more urgent.
 MAX_RELEASES = 4
 
@@ -240,12 +242,19 @@ class Pool:
             return Acknowledged()
         if not held.gained:
             raise Refused("busy", "the lease is just being accepted")
-        if held.leaves_at is None:
+        now = trio.current_time()
+        if math.isinf(held.leaves_at):
             text = "A leased worker ends in %.1f s (%s); another one is looked for."
             logger.info(text, leaving.left_s, reason, extra=held.log_fields)
             self._apply(allocation.WorkerLeaves(leaving.lease_id, leaving.left_s))
-        if (left_s := held.announced_end(leaving.left_s, trio.current_time())) is not None:
-            self._tell(held, allocation.WorkerLeaves(leaving.lease_id, left_s))
+        # an announcement may bring the end forward, never put it off: the job must not hold a worker and its
+        # replacement for ever
+        held.leaves_at = min(now + leaving.left_s, held.leaves_at)
+        held.nudge.set()
+        # events are never dropped, so a worker must not be able to make many
+        if now >= held.leaving_passed_on_at + LEAVING_PAUSE_S:
+            held.leaving_passed_on_at = now
+            self._tell(held, allocation.WorkerLeaves(leaving.lease_id, max(0.0, held.leaves_at - now)))
         return Acknowledged()
 
     def _carry_out(self, action: allocation.AllocatorAction, nursery: trio.Nursery) -> None:

@@ -150,7 +150,7 @@ def _lease_snapshot(held: Holding, now: float) -> LeaseSnapshot:
         **msgspec.structs.asdict(lease.resources),
         expires_in_s=max(0.0, held.renewal.expires_at - now),
         suspected=held.renewal.suspected,
-        leaves_in_s=None if held.leaves_at is None else max(0.0, held.leaves_at - now),
+        leaves_in_s=None if math.isinf(held.leaves_at) else max(0.0, held.leaves_at - now),
         version=printable(lease.version),
         name=name_of(lease.worker.peer),
     )

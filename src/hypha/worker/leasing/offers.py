@@ -116,42 +116,33 @@ async def serve_offers(
 
 async def _deliver(node: Node, lease_service: LeaseService, action: SendOffer) -> None:
     """Bring one offer to its scheduler, or have its lease taken back at once."""
-    attributes = {"hypha.peer": action.scheduler.peer, "hypha.lease": action.offer.lease_id}
-    with span(SEND_OFFER, attributes, parent=lease_service.evaluated_in(action.offer.lease_id)) as sending:
-        if (reason := await _attempt_delivery(node, lease_service, action)) is not None:
-            failed(sending, reason)
-
-
-async def _attempt_delivery(node: Node, lease_service: LeaseService, action: SendOffer) -> str | None:
-    """Why the offer was not taken; None when it was."""
     offer, peer = action.offer, action.scheduler.peer
+    fields = {"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": peer}
     lease_ends = trio.current_time() + offer.expires_in_s
     node.learn(action.scheduler)
     reason, undelivered = "there was no time left to send it", False
-    while (now := trio.current_time()) < action.before:
-        try:
-            await _check_role(node, peer, action.before - now)
-            # sent in time; for the answer there is as long as the lease behind the offer lasts
-            await node.request(peer, offer, timeout_s=lease_ends - trio.current_time())
-        except Refused as exc:
-            reason = str(exc)
-            # an offer lasts for a moment: only a place at the scheduler comes within it
-            if exc.code == "busy":
-                await trio.sleep(BUSY_PAUSE_S)
-                continue
-            break
-        except NetworkError as exc:
-            reason, undelivered = str(exc), True
-            break
-        logger.debug("An offer was delivered.", extra={"lease_id": offer.lease_id, "peer_id": peer})
-        return None
-    logger.info(
-        "An offer was not taken: %s.",
-        reason,
-        extra={"lease_id": offer.lease_id, "request_id": offer.request_id, "peer_id": peer},
-    )
-    lease_service.handle(OfferFailed(offer.lease_id, reason, undelivered))
-    return reason
+    attributes = {"hypha.peer": peer, "hypha.lease": offer.lease_id}
+    with span(SEND_OFFER, attributes, parent=lease_service.evaluated_in(offer.lease_id)) as sending:
+        while (now := trio.current_time()) < action.before:
+            try:
+                await _check_role(node, peer, action.before - now)
+                # sent in time; for the answer there is as long as the lease behind the offer lasts
+                await node.request(peer, offer, timeout_s=lease_ends - trio.current_time())
+            except Refused as exc:
+                reason = str(exc)
+                # an offer lasts for a moment: only a place at the scheduler comes within it
+                if exc.code == "busy":
+                    await trio.sleep(BUSY_PAUSE_S)
+                    continue
+                break
+            except NetworkError as exc:
+                reason, undelivered = str(exc), True
+                break
+            logger.debug("An offer was delivered.", extra=fields)
+            return
+        logger.info("An offer was not taken: %s.", reason, extra=fields)
+        lease_service.handle(OfferFailed(offer.lease_id, reason, undelivered))
+        failed(sending, reason)
 
 
 async def _check_role(node: Node, peer: str, timeout_s: float) -> None:
