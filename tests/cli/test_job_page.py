@@ -114,7 +114,7 @@ async def test_nothing_of_the_job_is_told_with_a_secret() -> None:
     page.begin()
     shown = page.status()
     assert (shown.output, shown.message) == (f"sftp://{MARK}@host/m", f"refused {MARK}: a?")
-    page.observe(JobSnapshot("digits", state="failed", message="https://token@host/m"))
+    page.job = JobSnapshot("digits", state="failed", message="https://token@host/m")
     _, (_, now) = page.begin()()
     assert isinstance(now, Now)
     assert now.job.message == f"https://{MARK}@host/m"
@@ -129,7 +129,7 @@ async def test_late_viewers_see_what_was_before(autojump_clock: trio.testing.Moc
     assert isinstance(told["past"], Past)
     assert told["past"].rounds == ()
     world.run(60, until=lambda: world.machine.round == 2)
-    page.observe(JobSnapshot("digits", round=2, samples=7))
+    page.job = JobSnapshot("digits", round=2, samples=7)
     ((name, now),) = early()
     assert (name, isinstance(now, Now)) == ("now", True)
     assert isinstance(now, Now)

@@ -61,7 +61,7 @@ async def test_who_looks_is_told_how_the_job_ended(tmp_path: Path, caplog: pytes
         task_status.started(None)
         await looking.wait()
         await trio.sleep(0.2)
-        page.observe(JobSnapshot("digits", state="failed", message="nobody offers a GPU"))
+        page.job = JobSnapshot("digits", state="failed", message="nobody offers a GPU")
         raise JobFailed("nobody offers a GPU")
 
     async def look() -> None:

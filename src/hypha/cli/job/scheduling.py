@@ -67,7 +67,6 @@ async def run_scheduler(
         for one in advice(config):
             logger.warning("Advice on %s", one)
         page = JobPage(JobSnapshot(name=name, rounds=rounds), history, lambda: warnings.lines, secrets)
-        shows: list[Callable[[JobSnapshot], None]] = [page.observe]
         try:
             noted = Journal(file=journal)
         except OSError as exc:
@@ -78,16 +77,17 @@ async def run_scheduler(
 
         telemetry = resolve_telemetry("hypha-scheduler", config, process_environment())
 
-        def observe(snapshot: JobSnapshot) -> None:
-            for show in shows:
-                show(snapshot)
-
         async def job(*, task_status: trio.TaskStatus[Node]) -> None:
             seen = Observation(observe, noted, telemetry.trace_ratio)
             results.append(await run_job(config, seen, fresh=fresh, task_status=task_status))
 
-        if live:
-            shows.append(stack.enter_context(live_view(Console())))
+        show = stack.enter_context(live_view(Console())) if live else None
+
+        def observe(snapshot: JobSnapshot) -> None:
+            page.job = snapshot
+            if show is not None:
+                show(snapshot)
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_history, history, config.state_dir / name)
             if config.http_address is None:
@@ -174,9 +174,6 @@ class JobPage:
     history: History
     warnings: Callable[[], tuple[LogLine, ...]]
     secrets: Collection[str] = ()
-
-    def observe(self, job: JobSnapshot) -> None:
-        self.job = job
 
     def status(self) -> JobSnapshot:
         """What ``/status`` answers."""

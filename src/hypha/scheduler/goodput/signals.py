@@ -48,7 +48,16 @@ class GoodputSignals:
         journal.listeners.append(self.listen)
 
     def listen(self, entry: JournalEntry) -> None:
-        for one in self._goodput.handle(entry):
+        try:
+            changed = self._goodput.handle(entry)
+            if self._journal.checked:
+                self._goodput.validate()
+        except Exception as exc:
+            if self._journal.checked:
+                raise
+            self._give_up(exc)
+            return
+        for one in changed:
             if one.catch_up_s is not None:
                 metrics.RECOVERY_DURATION.record(one.catch_up_s, phase="catch-up")
             elif one.replace_s is not None:
@@ -56,8 +65,6 @@ class GoodputSignals:
             else:
                 metrics.FAILURES.add(kind=one.kind, reason=one.reason)
                 metrics.RECOVERY_DURATION.record(one.detect_s, phase="detect")
-        if self._journal.checked:
-            self._goodput.validate()
 
     def report(self, now: float) -> GoodputReport | None:
         """As far as is known at ``now``; None when that has failed. The counters follow it."""
@@ -68,10 +75,13 @@ class GoodputSignals:
             if now >= self._counted_at + _COUNT_S or self._goodput.ended:
                 self._count(now)
         except Exception as exc:  # noqa: BLE001 - the edge of a service: figures of a job must not end it
-            logger.error("Goodput is not known any more: %r", exc)
-            self._journal.leave(self.listen)
+            self._give_up(exc)
             return None
         return report
+
+    def _give_up(self, exc: Exception) -> None:
+        logger.error("Goodput is not known any more: %r", exc)
+        self._journal.leave(self.listen)
 
     def _count(self, now: float) -> None:
         self._counted_at = now

@@ -78,8 +78,7 @@ class Recording:
             self.sinks = [SinkProcess(one, run) for one in self._destinations]
             for sink in self.sinks:
                 self._nursery.start_soon(sink.run)
-        at = wall_time()
-        self._waiting += [(action.entry, at) for action in entry.actions if isinstance(action, Record)]
+        self._waiting += [(one.entry, wall_time()) for one in entry.actions if isinstance(one, Record)]
 
     def see(self, snapshot: JobSnapshot) -> None:
         """Send the rounds that were applied since the last snapshot, with what this one knows."""
