@@ -28,7 +28,7 @@ from bench.report import Bound, Report, Row
 from hypha.cli.chaos.faults import TargetJob
 from hypha.config.environment import child_environment
 from hypha.messages import ExecutorDescriptor, Loaded, ModelSpec, PeerRef, Peers, TrainJob
-from hypha.worker.processes.keepers import Launch, OwnExecutor
+from hypha.worker.processes.keepers import Launch
 from hypha.worker.processes.process import Supervision, run_executor
 from hypha.worker.processes.warm import SharedHost
 
@@ -63,7 +63,7 @@ async def loaded(network: Network, model: Path, number: int, host: SharedHost | 
         argv=(sys.executable, "-m", MODULE, str(bridge.directory / "bridge.sock")),
         environment={**child_environment(run_environment()), "OMP_NUM_THREADS": "1"},
         work_dir=bridge.directory,
-        own=OwnExecutor(MODULE),
+        own=MODULE,
     )
     kill = trio.Event()
     async with trio.open_nursery() as nursery:

@@ -10,7 +10,10 @@ from pathlib import Path
 import trio
 import trio.testing
 
-from hypha.worker.limits.usage import LOOK_S, Quota, count_tasks, disk_usage, excess, keep_within
+from hypha.messages import Resources
+from hypha.worker.jobs.directory import JobDirectory
+from hypha.worker.limits.limits import LOOK_S, Limits, Means
+from hypha.worker.limits.usage import Excess, Quota, count_tasks, disk_usage, excess
 
 MB = 10**6
 
@@ -76,12 +79,13 @@ def _children(pid: int) -> list[str]:
 async def test_an_excess_is_found_and_without_a_quota_nobody_looks(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    (tmp_path / "slices").mkdir()
-    where = ((tmp_path,), tmp_path / "slices", lambda: None)
-    assert await keep_within(Quota(), *where) is None
-    assert trio.current_time() == 0
-    (tmp_path / "file").write_bytes(b"x" * MB)
-    found = await keep_within(Quota(disk_bytes=MB // 2), *where)
-    assert found is not None
-    assert found.kind == "disk"
+    directory = JobDirectory.create(tmp_path)
+    told: list[Excess] = []
+    means = Means("rlimit", max_processes=0)
+    await Limits(means, "x", Resources(), directory=directory).watch(told.append)
+    assert (trio.current_time(), told) == (0, [])
+    (directory.path / "file").write_bytes(b"x" * MB)
+    await Limits(means, "x", Resources(storage=0.0005), directory=directory).watch(told.append)
+    assert [one.kind for one in told] == ["disk"]
     assert trio.current_time() == LOOK_S
+    directory.remove()

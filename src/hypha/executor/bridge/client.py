@@ -286,38 +286,28 @@ class BridgeConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Called by the first request, and by the next one after ``close``."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(_CONNECT_TIMEOUT_S)
-            sock.connect(str(self._path))
-            sock.settimeout(None)
-        except BaseException:
-            sock.close()
-            raise
-        self.sock = sock
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_CONNECT_TIMEOUT_S)
+        self.sock.connect(str(self._path))
+        self.sock.settimeout(None)
 
     def ask(self, method: str, path: str, body: bytes | None, traceparent: str | None = None) -> bytes:
         """The body of the answer to one request, of the span that ``traceparent`` names; the connection may
         be used for another one. Raises :class:`BridgeUnanswered`, and :class:`Refused` or
         :class:`PeerUnreachable` where the status is not 200.
         """
-        # a server closes connections that were quiet for long: that is no failure, so once more
-        attempts = 1 if self.sock is None else 2
-        while True:
-            attempts -= 1
-            headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
-            try:
-                self.request(method, path, body, headers)
-                response = self.getresponse()
-                content = response.read()
-            except _FAILURES as exc:
-                self.close()
-                if not attempts:
-                    raise _unanswered(exc) from exc
-            else:
-                if response.status != http.client.OK:
-                    raise _error(path, response.status, content)
-                return content
+        headers = _HEADERS if traceparent is None else {**_HEADERS, "traceparent": traceparent}
+        try:
+            self.request(method, path, body, headers)
+            response = self.getresponse()
+            content = response.read()
+        except _FAILURES as exc:
+            # the next request connects again
+            self.close()
+            raise _unanswered(exc) from exc
+        if response.status != http.client.OK:
+            raise _error(path, response.status, content)
+        return content
 
 
 def lines(socket_path: Path, method: str, path: str, body: bytes | None) -> Generator[str, None, None]:

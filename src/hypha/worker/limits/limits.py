@@ -18,9 +18,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import trio
+
 from hypha.errors import ConfigError, Problem
 from hypha.messages import Resources
-from hypha.runtime import is_simulated
+from hypha.runtime import in_thread, is_simulated
 from hypha.telemetry.instruments import LIMITS_EXCEEDED
 from hypha.worker.jobs.directory import JobDirectory
 from hypha.worker.limits.cgroups import (
@@ -34,7 +36,7 @@ from hypha.worker.limits.cgroups import (
 )
 from hypha.worker.limits.gpus import VISIBLE, Gpu, GpuShare, gpu_environment
 from hypha.worker.limits.quotas import ProjectQuotas
-from hypha.worker.limits.usage import LOOK_S, CorePins, Excess, Quota, excess, keep_within
+from hypha.worker.limits.usage import CorePins, Excess, Quota, count_tasks, disk_usage, excess
 from hypha.worker.processes.keepers import Launch
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ Mode = Literal["auto", "cgroup", "rlimit", "none"]
 
 #: of an executor, unless the worker's owner says otherwise; and so many a core where that is more
 DEFAULT_PROCESSES, PROCESSES_A_CORE = 512, 64
+#: between two looks at what no kernel bounds
+LOOK_S = 1.0
 #: whoever was refused more than this share of a quota has filled it
 _FULL = 0.99
 #: how the kernel calls the bound, for those who look for it
@@ -239,7 +243,14 @@ class Limits:
         if is_simulated() or self._directory is None:
             return
         places, shared = self._directory.occupied, self._directory.part("slices")
-        self.excess = await keep_within(self.quota, places, shared, lambda: self._keeper)
+        while self.quota and self.excess is None:
+            await trio.sleep(LOOK_S)
+            disk = tasks = 0
+            if self.quota.disk_bytes:
+                disk = await in_thread(disk_usage, places, shared, abandon_on_cancel=True)
+            if self.quota.processes and self._keeper is not None:
+                tasks = await in_thread(count_tasks, self._keeper, abandon_on_cancel=True)
+            self.excess = excess(self.quota, disk, tasks)
         if self.excess is not None:
             exceeded(self.excess)
 

@@ -16,21 +16,16 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import trio
-
 from hypha.processes.keeper import descendants
-from hypha.runtime import in_thread
 
 logger = logging.getLogger(__name__)
 
 GB = 10**9
-#: between two looks
-LOOK_S = 1.0
 #: of the disk, as the kernel counts it
 _BLOCK_BYTES = 512
 #: so many executors share a core at most before nobody counts any more
@@ -110,24 +105,6 @@ def count_tasks(keeper: int) -> int:
         with contextlib.suppress(OSError):
             found += len(os.listdir(f"/proc/{pid}/task"))
     return found
-
-
-async def keep_within(
-    quota: Quota, places: tuple[Path, ...], shared: Path, keeper: Callable[[], int | None]
-) -> Excess | None:
-    """Look until ``quota`` is exceeded; None where there is none. ``keeper`` gives the process to look below,
-    once there is one.
-    """
-    while quota:
-        await trio.sleep(LOOK_S)
-        disk = await in_thread(disk_usage, places, shared, abandon_on_cancel=True) if quota.disk_bytes else 0
-        pid = keeper()
-        tasks = 0
-        if quota.processes and pid is not None:
-            tasks = await in_thread(count_tasks, pid, abandon_on_cancel=True)
-        if (found := excess(quota, disk, tasks)) is not None:
-            return found
-    return None
 
 
 class CorePins:
