@@ -1,9 +1,9 @@
 """The model of an executor of several processes, one for each device
 (:mod:`hypha.executor.inner.process_group`), whole in each of them or sharded.
 
-Rank 0 has a :class:`SpreadModel`; the others do what that one does, in :func:`follow_rank_zero`, each on its
-rows of the batch. ``batch_size`` is the executor's: the gradients of all rows are added up before a step, so
-that a step is that of one process with the whole batch.
+Each has a :class:`SpreadModel`; the others do what rank 0 does, in :func:`follow_rank_zero`, each on its rows
+of the batch. ``batch_size`` is the executor's: the gradients of all rows are added up before a step, so that
+a step is that of one process with the whole batch.
 
 Sharding is as ``accelerate launch`` was configured for it. Its launcher says in environment variables what
 its configuration file says. Of its keys those that decide which modules are gathered at a time count here
@@ -92,18 +92,37 @@ class _ShardingDevice(_Device):
         """It is done."""
 
 
-class _Member(LocalModel):
-    """What each of the processes has; all call its methods at the same time."""
+class SpreadModel(LocalModel):
+    """What each of the processes has: rank 0 has the others call the methods that it calls."""
 
     def __init__(self, group: ProcessGroup, job: TrainJob, source: Path | None) -> None:
+        """Raises :class:`ModelError` where any other worker would say the same."""
         self.group = group
+        self._have_others(job, source)
         #: has accelerate's launcher said so?
         self.sharded = process_environment().get("ACCELERATE_USE_FSDP", "").lower() == "true"
         device = (_ShardingDevice if self.sharded else _Device)(group, job)
         super().__init__(job, source, device, keeps_base=group.rank == 0)
+        if group.rank == 0:
+            logger.info(
+                "The model is trained by %d processes, %s.",
+                group.size,
+                "each with a part of it" if self.sharded else "each with all of it",
+            )
+
+    def _have_others(self, *words: Any) -> None:
+        """The name of a method, and its arguments."""
+        if self.group.rank == 0:
+            self.group.command(*words)
+
+    def load(self, path: Path) -> Digests:
+        found = tensors.read(path, self.base.all(), quick=True)
+        self.take_theta()
+        return found
 
     def take_theta(self) -> None:
         """Set the local model to base of rank 0."""
+        self._have_others("take_theta")
         values = self.base.all()
         for name, live in self._tensors.theta().all().items():
             if self.group.rank:
@@ -115,61 +134,12 @@ class _Member(LocalModel):
 
     def start_round(self, round: int) -> None:
         """Each process drops out other values than the others."""
+        self._have_others("start_round", round)
         name = f"{self._job.me}/{self.group.rank}" if self.group.rank else self._job.me
         torch.manual_seed(round_seed(self._job.seed, name, round))
 
-    def train(self, terms: int, parts: _Parts | None, columns: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss of the whole batch, whose terms are ``terms``. Rank 0 has the ``columns`` of its rows, and
-        sends the others theirs; of a sharded model ``parts`` says how all are cut.
-        """
-        columns = self.group.receive_rows() if columns is None else columns
-        if parts is None:
-            loss = self.inner.batch(columns, terms)
-        else:
-            shares, at = [], 0
-            for rows, weight in parts[self.group.rank]:
-                shares.append(({name: one[at : at + rows] for name, one in columns.items()}, weight))
-                at += rows
-            loss = self.inner.shares(shares)
-        return self.group.sum(loss.float())
-
-    def gather(self) -> Theta:
-        """The local model, on the CPU of rank 0."""
-        local = self._tensors.theta()
-        parameters = {}
-        for name, value in local.parameters.items():
-            # all processes do this at the same time
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.group.rank == 0:
-                parameters[name] = full.to("cpu", copy=self.sharded)
-        return Theta(parameters, dict(local.buffers))
-
-
-class SpreadModel(_Member):
-    """The model of an executor of several processes, as its rank 0 has it."""
-
-    def __init__(self, group: ProcessGroup, job: TrainJob, source: Path | None) -> None:
-        """Raises :class:`ModelError` where any other worker would say the same."""
-        group.command(job, source)
-        super().__init__(group, job, source)
-        logger.info(
-            "The model is trained by %d processes, %s.",
-            group.size,
-            "each with a part of it" if self.sharded else "each with all of it",
-        )
-
-    def load(self, path: Path) -> Digests:
-        found = tensors.read(path, self.base.all(), quick=True)
-        self.group.command("take_theta")
-        self.take_theta()
-        return found
-
-    def start_round(self, round: int) -> None:
-        self.group.command("start_round", round)
-        super().start_round(round)
-
     def start_over(self, steps: int) -> None:
-        self.group.command("start_over", steps)
+        self._have_others("start_over", steps)
         super().start_over(steps)
 
     def batch(self, columns: Mapping[str, Tensor]) -> Tensor:
@@ -178,7 +148,7 @@ class SpreadModel(_Member):
         parts: _Parts | None = None
         if self.sharded:
             shares, parts = self._cut(shares, terms)
-        self.group.command("train", terms, parts)
+        self._have_others("train", terms, parts)
         for rank, share in enumerate(shares):
             if rank:
                 self.group.send_rows(share, rank)
@@ -201,25 +171,48 @@ class SpreadModel(_Member):
             rows.append({name: torch.cat([part[name] for part, _ in taken]) for name in some})
         return rows, told
 
+    def train(self, terms: int, parts: _Parts | None, columns: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The loss of the whole batch, whose terms are ``terms``. Rank 0 has the ``columns`` of its rows, and
+        sends the others theirs; of a sharded model ``parts`` says how all are cut.
+        """
+        columns = self.group.receive_rows() if columns is None else columns
+        if parts is None:
+            loss = self.inner.batch(columns, terms)
+        else:
+            shares, at = [], 0
+            for rows, weight in parts[self.group.rank]:
+                shares.append(({name: one[at : at + rows] for name, one in columns.items()}, weight))
+                at += rows
+            loss = self.inner.shares(shares)
+        return self.group.sum(loss.float())
+
     def flush(self) -> None:
-        self.group.command("flush")
+        self._have_others("flush")
         super().flush()
 
     def theta(self) -> Theta:
-        self.group.command("gather")
-        return self.gather()
+        """The local model, on the CPU of rank 0."""
+        self._have_others("theta")
+        local = self._tensors.theta()
+        parameters = {}
+        for name, value in local.parameters.items():
+            # all processes do this at the same time
+            full = value.full_tensor() if isinstance(value, DTensor) else value
+            if self.group.rank == 0:
+                parameters[name] = full.to("cpu", copy=self.sharded)
+        return Theta(parameters, dict(local.buffers))
 
     def end(self) -> None:
-        self.group.command("end")
+        self._have_others("end")
 
 
 def follow_rank_zero(group: ProcessGroup) -> int:
     """What another process than rank 0 runs; its exit code."""
     set_up_log()
     try:
-        member = _Member(group, *group.command())
+        model = SpreadModel(group, *group.command())
         while (command := group.command())[0] != "end":
-            getattr(member, command[0])(*command[1:])
+            getattr(model, command[0])(*command[1:])
     except Exception as exc:
         if is_lost(exc):
             # it has said why, or the launcher does
