@@ -254,7 +254,7 @@ def configuration(network: Network, gateway: Node, work_dir: Path, **changes: An
             "offer": {"request_window_s": 0.05, "lease_s": 30.0},
             "executors": executors,
             "stop_grace_s": 0.3,
-            "limits": "rlimit",
+            "limits": {"enforce": "rlimit"},
             **changes,
         }
     )

@@ -45,4 +45,4 @@ def test_no_more_is_offered_than_there_is(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.skipif(suffice(usable_cgroups()), reason="there are cgroups here")
 async def test_cgroups_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="limits: no writable cgroup"):
-        await run_worker(config(work_dir=tmp_path, limits="cgroup"))
+        await run_worker(config(work_dir=tmp_path, limits={"enforce": "cgroup"}))

@@ -12,7 +12,6 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,28 +32,14 @@ from hypha.errors import ConfigError, IdentityError, Problem
 from hypha.files.staging import write_whole
 
 if TYPE_CHECKING:
-    from hypha.config.models import NodeConfig
     from hypha.config.reading.layers import Settings
     from hypha.config.reading.loading import Flag
     from hypha.pki.identity import Identity
 
 
-@dataclass(frozen=True)
-class Program:
-    """One component: ``name`` as in ``hypha-<name>``."""
-
-    name: str
-    summary: str
-
-    @property
-    def model(self) -> type[NodeConfig]:
-        from hypha.config.models import COMPONENTS
-
-        return COMPONENTS[self.name]
-
-
 def make_app(
-    program: Program,
+    component: str,
+    summary: str,
     describe: Callable[[Any], Iterable[str]] = lambda _: (),
     validates: Callable[..., None] | None = None,
 ) -> typer.Typer:
@@ -63,8 +48,8 @@ def make_app(
     a ``validate`` that can do more.
     """
     app = typer.Typer(
-        name=f"hypha-{program.name}",
-        help=program.summary,
+        name=f"hypha-{component}",
+        help=summary,
         add_completion=False,
         pretty_exceptions_enable=False,
         invoke_without_command=True,
@@ -80,20 +65,20 @@ def make_app(
         if version:
             from hypha import __version__
 
-            typer.echo(f"hypha-{program.name} {__version__}")
+            typer.echo(f"hypha-{component} {__version__}")
             raise typer.Exit()
         if context.invoked_subcommand is not None:
             if config is not None or check:
                 raise typer.BadParameter(f"write the options after {context.invoked_subcommand}")
         elif check:
-            validate_config(program, config, [], describe)
+            validate_config(component, config, [], describe)
         else:
             typer.echo(context.get_help())
             raise typer.Exit(2)
 
     def validate(config: ConfigOption = None, set_: SetOption = None) -> None:
         """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-        validate_config(program, config, settings(program, set_), describe)
+        validate_config(component, config, settings(component, set_), describe)
 
     app.command(name="validate")(validates or validate)
 
@@ -109,53 +94,58 @@ def make_app(
         """Dial a node, any component's, check its certificate and ask how it is; exit 0 when it is well."""
         from hypha.cli.probing import probe_node
 
-        identity = _probe_identity(program, config, files)
+        identity = _probe_identity(component, config, files)
         raise typer.Exit(probe_node(address, identity, timeout_ms / 1000))
 
     return app
 
 
-def _probe_identity(program: Program, config: Path | None, files: IdentityOptions) -> Identity:
+def _probe_identity(component: str, config: Path | None, files: IdentityOptions) -> Identity:
     from hypha.pki.identity import IdentityFiles, load_identity
 
     if files.cert is not None and files.key is not None and files.trust is not None:
         return load_identity(IdentityFiles(files.cert, files.key, files.trust, files.crls))
     if (files.cert, files.key, files.trust) != (None, None, None):
         raise typer.BadParameter("--cert, --key and --trust go together")
-    return identity_of(load(program, config, []))
+    return identity_of(load(component, config, []))
 
 
-def settings(program: Program, pairs: Iterable[str] | None) -> list[Flag]:
+def settings(component: str, pairs: Iterable[str] | None) -> list[Flag]:
+    from hypha.config.models import COMPONENTS
     from hypha.config.reading.loading import parse_setting
 
-    return [parse_setting(program.model, pair) for pair in pairs or ()]
+    return [parse_setting(COMPONENTS[component], pair) for pair in pairs or ()]
 
 
-def load(program: Program, config: Path | None, given: Sequence[Flag], warn: bool = False) -> Any:
+def load(component: str, config: Path | None, given: Sequence[Flag], warn: bool = False) -> Any:
     """The component's configuration, its identity files checked too; ``warn``: of what will end soon is
     warned, which else those do who go on to use them. Raises ConfigError.
     """
     from hypha.config.environment import process_environment
+    from hypha.config.models import COMPONENTS
     from hypha.config.otel import resolve_telemetry
     from hypha.config.reading.loading import load_config
 
     path = config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
     try:
         loaded = load_config(
-            program.model, path, given, checks=[lambda settings: _own_problems(program, settings, warn)]
+            COMPONENTS[component],
+            path,
+            given,
+            checks=[lambda settings: _own_problems(component, settings, warn)],
         )
         # variables of one signal alone are no keys
-        resolve_telemetry(f"hypha-{program.name}", loaded, process_environment())
+        resolve_telemetry(f"hypha-{component}", loaded, process_environment())
         return loaded
     except ConfigError as exc:
         if path is None:
-            init = f"hypha-{program.name} init"
+            init = f"hypha-{component} init"
             hint = f"there is no such file here; name one with --config, or write it with `{init}`"
             raise ConfigError([Problem("", hint, str(DEFAULT_CONFIG)), *exc.problems]) from exc
         raise
 
 
-def load_to_run(program: Program, options: RunOptions, *own: tuple[str, str, Any]) -> Any:
+def load_to_run(component: str, options: RunOptions, *own: tuple[str, str, Any]) -> Any:
     """As :func:`load`, with what was given to ``run``; of its ``own``: name, key and value."""
     from hypha.config.reading.loading import Flag
 
@@ -174,10 +164,10 @@ def load_to_run(program: Program, options: RunOptions, *own: tuple[str, str, Any
         for name, key, value in given
         if value is not None and value != []
     ]
-    return load(program, options.config, [*flags, *settings(program, options.set_)])
+    return load(component, options.config, [*flags, *settings(component, options.set_)])
 
 
-def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[Problem]:
+def _own_problems(component: str, settings: Settings, warn: bool) -> Iterator[Problem]:
     """What is wrong with the identity files; and where a worker would offer what Hypha's own executors cannot
     do here, so that each job would fail.
     """
@@ -197,17 +187,17 @@ def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[
     except IdentityError as exc:
         yield from exc.problems
         return
-    if identity.roles and program.name not in identity.roles:
+    if identity.roles and component not in identity.roles:
         has = " and ".join(sorted(identity.roles))
         message = (
             f"{files.cert}: the certificate is for the role {has}, and other nodes would refuse this "
-            f"{program.name}; make one with `hypha-certutil node --role {program.name}`"
+            f"{component}; make one with `hypha-certutil node --role {component}`"
         )
         yield Problem("cert_pem", message)
     if not identity.roles and settings.get("require_roles") is not False:
         message = (
             f"{files.cert}: the certificate carries no role, and nodes with require_roles (the default) "
-            f"refuse it; give it one with `hypha-certutil renew {files.cert} --role {program.name} --ca-cert "
+            f"refuse it; give it one with `hypha-certutil renew {files.cert} --role {component} --ca-cert "
             "... --ca-key ...` (its PeerID stays), or set require_roles = false here and wherever it is to "
             "be accepted"
         )
@@ -215,7 +205,7 @@ def _own_problems(program: Program, settings: Settings, warn: bool) -> Iterator[
 
 
 def validate_config(
-    program: Program,
+    component: str,
     config: Path | None,
     given: Sequence[Flag],
     describe: Callable[[Any], Iterable[str]] = lambda _: (),
@@ -223,8 +213,8 @@ def validate_config(
     """Print OK, what ``describe`` says of it and what is advised. Raises ConfigError."""
     from hypha.config.advice import advice
 
-    loaded = load(program, config, given, warn=True)
-    typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{program.name}")
+    loaded = load(component, config, given, warn=True)
+    typer.echo(f"OK: {config or DEFAULT_CONFIG} is a valid configuration of hypha-{component}")
     for line in describe(loaded):
         typer.echo(line)
     for one in advice(loaded):
@@ -233,16 +223,17 @@ def validate_config(
 
 
 def write_config(
-    program: Program, options: InitOptions, given: Mapping[str, Any], fill_in: Mapping[str, str]
+    component: str, options: InitOptions, given: Mapping[str, Any], fill_in: Mapping[str, str]
 ) -> None:
     """Write a commented configuration of ``given`` and the keys of every component; ``fill_in`` is what its
     operator has to write. Refuses to overwrite one unless ``--force`` was given.
     """
+    from hypha.config.models import COMPONENTS
     from hypha.config.reading.template import write_template
 
     output = options.output
-    keys = _node_keys(program, options)
-    if program.name != "gateway" and not options.gateway:
+    keys = _node_keys(component, options)
+    if component != "gateway" and not options.gateway:
         keys["gateway_addresses"] = ["/dns4/gateway.example.org/tcp/8080"]
         fill_in = {"gateway_addresses": "the addresses your gateway prints when it starts", **fill_in}
     if output.exists() and not options.force:
@@ -255,7 +246,7 @@ def write_config(
         for key, value in (keys | dict(given)).items()
         if value is not None and value != []
     }
-    text = write_template(program.model, values, fill_in)
+    text = write_template(COMPONENTS[component], values, fill_in)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         # tokens may be written into it: nobody else's business
@@ -265,15 +256,15 @@ def write_config(
     typer.echo(f"wrote {output}")
     for key, what in fill_in.items():
         typer.echo(f"  fill in {key}: {what}")
-    typer.echo(f"then check it: hypha-{program.name} validate --config {output}")
+    typer.echo(f"then check it: hypha-{component} validate --config {output}")
 
 
-def _node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
+def _node_keys(component: str, options: InitOptions) -> dict[str, Any]:
     """The keys of every component, as ``init`` writes them. Identity files are as given, else
     ``<name>-cert.pem`` and so on in ``--pki``. The revocation list is there from the start, though nobody may
     be revoked yet: it is read as soon as it exists.
     """
-    stem = options.name or program.name
+    stem = options.name or component
     dialled = [*(options.gateway or ()), *(options.external or ())]
     return {
         "cert_pem": options.cert or options.pki / f"{stem}-cert.pem",
@@ -284,7 +275,7 @@ def _node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
         "external_addresses": options.external,
         "gateway_addresses": options.gateway,
         "exclude_cidr": excluded_for(dialled, options.exclude_cidr, options.allow_cidr),
-        "http_address": _local_http(program, options.name) if options.http is None else options.http,
+        "http_address": _local_http(component, options.name) if options.http is None else options.http,
     }
 
 
@@ -292,12 +283,12 @@ def _node_keys(program: Program, options: InitOptions) -> dict[str, Any]:
 HTTP_PORTS = {"gateway": 9101, "scheduler": 9102, "worker": 9103, "data": 9104}
 
 
-def _local_http(program: Program, name: str | None) -> str:
+def _local_http(component: str, name: str | None) -> str:
     """The address for local HTTP that ``init`` writes: on this machine alone. Several nodes of one kind on
     one machine are told apart by the number at the end of their names: ``worker-2`` is ten ports further up.
     """
     number = re.search(r"(\d{1,3})$", name or "")
-    return f"127.0.0.1:{HTTP_PORTS[program.name] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
+    return f"127.0.0.1:{HTTP_PORTS[component] + 10 * max(0, int(number[1]) - 1 if number else 0)}"
 
 
 def excluded_for(

@@ -17,8 +17,8 @@ from hypha.errors import ConfigError, DataError, Problem
 if TYPE_CHECKING:
     from hypha.data.serving.slice_advice import Fit, SliceAdvice
 
-PROGRAM = common.Program("data", "Prepares, verifies and serves datasets.")
-app = common.make_app(PROGRAM)
+COMPONENT = "data"
+app = common.make_app(COMPONENT, "Prepares, verifies and serves datasets.")
 
 DatasetPathOption = Annotated[
     list[Path] | None,
@@ -37,7 +37,7 @@ def _datasets(paths: list[Path] | None) -> dict[str, object]:
 def init(options: InitOptions, dataset_path: DatasetPathOption = None) -> None:
     """Write a configuration file with every key, its default and what it means."""
     fill_in = {} if dataset_path else {"dataset_path": "a directory made by `hypha-data prepare`"}
-    common.write_config(PROGRAM, options, _datasets(dataset_path or [Path("dataset")]), fill_in)
+    common.write_config(COMPONENT, options, _datasets(dataset_path or [Path("dataset")]), fill_in)
 
 
 @app.command()
@@ -45,7 +45,7 @@ def init(options: InitOptions, dataset_path: DatasetPathOption = None) -> None:
 def run(options: RunOptions, dataset_path: DatasetPathOption = None) -> None:
     """Serve datasets until SIGINT or SIGTERM."""
     served = next(iter(_datasets(dataset_path).items())) if dataset_path else ("dataset_path", None)
-    loaded = common.load_to_run(PROGRAM, options, ("--dataset-path", *served))
+    loaded = common.load_to_run(COMPONENT, options, ("--dataset-path", *served))
     from hypha.data import run_data
 
     raise typer.Exit(run_service("hypha-data", loaded, lambda: run_data(loaded)))

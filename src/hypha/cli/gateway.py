@@ -10,8 +10,8 @@ from hypha.cli import component as common
 from hypha.cli.options import InitOptions, RunOptions, with_options
 from hypha.cli.running import run_program, run_service
 
-PROGRAM = common.Program("gateway", "The entry point of a Hypha network; relays for nodes behind NAT.")
-app = common.make_app(PROGRAM)
+COMPONENT = "gateway"
+app = common.make_app(COMPONENT, "The entry point of a Hypha network; relays for nodes behind NAT.")
 
 DEFAULT_ADDRESS = "/ip4/0.0.0.0/tcp/8080"
 
@@ -25,7 +25,7 @@ def init(options: InitOptions) -> None:
         "external_addresses": options.external or ["/dns4/gateway.example.org/tcp/8080"],
     }
     fill_in = {"external_addresses": "where the nodes of your network dial this gateway"}
-    common.write_config(PROGRAM, options, given, {} if options.external else fill_in)
+    common.write_config(COMPONENT, options, given, {} if options.external else fill_in)
 
 
 @app.command()
@@ -35,7 +35,7 @@ def run(
     max_circuits: Annotated[int | None, typer.Option(help="Relayed connections at once.")] = None,
 ) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, options, ("--max-circuits", "max_circuits", max_circuits))
+    loaded = common.load_to_run(COMPONENT, options, ("--max-circuits", "max_circuits", max_circuits))
     from hypha.gateway import run_gateway
 
     raise typer.Exit(run_service("hypha-gateway", loaded, lambda: run_gateway(loaded)))

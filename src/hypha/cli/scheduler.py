@@ -16,7 +16,7 @@ from hypha.config.tasks import task_of, unknown_task
 from hypha.decoding import decode
 from hypha.errors import Undecodable
 
-PROGRAM = common.Program("scheduler", "Finds workers for a job, trains its model with them and exports it.")
+COMPONENT = "scheduler"
 
 
 def validate(
@@ -27,14 +27,16 @@ def validate(
     ] = False,
 ) -> None:
     """Check a configuration and the files it names; list all problems, exit 2 if there are any."""
-    loaded = common.validate_config(PROGRAM, config, common.settings(PROGRAM, set_))
+    loaded = common.validate_config(COMPONENT, config, common.settings(COMPONENT, set_))
     if network:
         from hypha.cli.job.checking import check_network
 
         raise typer.Exit(check_network(loaded))
 
 
-app = common.make_app(PROGRAM, validates=validate)
+app = common.make_app(
+    COMPONENT, "Finds workers for a job, trains its model with them and exports it.", validates=validate
+)
 
 StateDirOption = Annotated[Path | None, typer.Option("--state-dir", help="For state, checkpoints, ledger.")]
 SaveToOption = Annotated[
@@ -98,7 +100,7 @@ def init(
         fill_in[f"{job}.model.path"] = "a directory with the model's config.json, or `repository` instead"
     if dataset is None:
         fill_in[f"{job}.dataset.dataset"] = "the name your data node serves the dataset under"
-    common.write_config(PROGRAM, options, given, fill_in)
+    common.write_config(COMPONENT, options, given, fill_in)
 
 
 def _task_in(model: Path | None) -> str:
@@ -135,7 +137,7 @@ def run(
     """Run the job to its end; SIGINT or SIGTERM stop it, and it resumes when run again."""
     job = "scheduler.job"
     loaded = common.load_to_run(
-        PROGRAM,
+        COMPONENT,
         options,
         ("--state-dir", "state_dir", state_dir),
         ("--save-to", f"{job}.output", save_to),

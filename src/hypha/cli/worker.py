@@ -16,7 +16,7 @@ from hypha.errors import HyphaError
 if TYPE_CHECKING:
     from hypha.config.models import WorkerConfig
 
-PROGRAM = common.Program("worker", "Offers this machine's resources and runs executors under leases.")
+COMPONENT = "worker"
 
 
 def _describe(config: WorkerConfig) -> Iterator[str]:
@@ -41,7 +41,9 @@ def _describe(config: WorkerConfig) -> Iterator[str]:
         yield f"advice: {claim}"
 
 
-app = common.make_app(PROGRAM, describe=_describe)
+app = common.make_app(
+    COMPONENT, "Offers this machine's resources and runs executors under leases.", describe=_describe
+)
 
 #: ``drain --now`` leaves so many seconds, and waits so many more for the worker's process
 DRAIN_S, STOPPED_S = 30.0, 10.0
@@ -76,7 +78,7 @@ def init(
         "resources.gpu": round(OFFERED * here.gpu, 1) if gpu is None else gpu,
         "resources.storage": round(OFFERED * here.storage, 1) if storage is None else storage,
     }
-    common.write_config(PROGRAM, options, given, {})
+    common.write_config(COMPONENT, options, given, {})
     for name, found in here.describe().items():
         typer.echo(f"  found {name}: {found}")
     asked = {name: float(given[f"resources.{name}"] or 0.0) for name in ("cpu", "memory", "gpu", "storage")}
@@ -89,7 +91,7 @@ def init(
 @with_options
 def run(options: RunOptions, work_dir: WorkDirOption = None) -> None:
     """Run until SIGINT or SIGTERM."""
-    loaded = common.load_to_run(PROGRAM, options, ("--work-dir", "work_dir", work_dir))
+    loaded = common.load_to_run(COMPONENT, options, ("--work-dir", "work_dir", work_dir))
     from hypha.telemetry.running import emit_spans
     from hypha.worker.node import run_worker
 
@@ -124,7 +126,7 @@ def drain(
         raise typer.BadParameter("--within goes with --now")
     notice_s: float | None = None
     if work_dir is None:
-        loaded = common.load(PROGRAM, config, [])
+        loaded = common.load(COMPONENT, config, [])
         work_dir, notice_s = loaded.work_dir, loaded.preemption.notice_s
     if not now:
         answer, _ = send_call(work_dir, Call(what="resume" if undo else "drain"))

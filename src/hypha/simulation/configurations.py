@@ -31,6 +31,7 @@ from hypha.config.models import (
     WorkerConfig,
 )
 from hypha.config.offers import OfferConfig, ResourcesConfig
+from hypha.config.tuning import WorkerLimitsConfig
 from hypha.simulation.scenario import Scenario, gives_notice
 
 DATASET = "rows"
@@ -74,7 +75,7 @@ def worker_config(
         if gives_notice(wanted)
         else PreemptionConfig(),
         stop_grace_s=1.0,
-        limits="none",
+        limits=WorkerLimitsConfig(enforce="none"),
     )
 
 
