@@ -115,7 +115,7 @@ def mechanisms(means: Means, cache_gb: float) -> dict[str, str]:
     gpu = VISIBLE.get(gpus[0].vendor, "the one GPU is everybody's") if gpus else "there are none"
     cache = f"the worker lets go of slices at {cache_gb:g} GB"
     if means.mode == "none":
-        nothing = 'not enforced: limits = "none"'
+        nothing = 'not enforced: limits.enforce = "none"'
         return dict.fromkeys(("memory", "cores", "processes", "disk"), nothing) | {
             "gpus": gpu,
             "cache": cache,
