@@ -60,9 +60,9 @@ class NodeForkServer:
     def serve(self) -> None:
         """Until nobody can ask any more."""
         while True:
-            ready, _, _ = select.select([self._control, *self._nodes], [], [])
+            ready, _, _ = select.select([self._control.fileno(), *self._nodes], [], [])
             for one in ready:
-                if one is not self._control:
+                if one in self._nodes:
                     self._tell(one)
                     continue
                 data, descriptors, _, _ = socket.recv_fds(self._control, MAX_REQUEST_BYTES, 2)
