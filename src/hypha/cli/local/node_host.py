@@ -61,9 +61,9 @@ class NodeForkServer:
         """Until nobody can ask any more."""
         while True:
             ready, _, _ = select.select([self._control.fileno(), *self._nodes], [], [])
-            for one in ready:
-                if one in self._nodes:
-                    self._tell(one)
+            for descriptor in ready:
+                if descriptor in self._nodes:
+                    self._tell(descriptor)
                     continue
                 data, descriptors, _, _ = socket.recv_fds(self._control, MAX_REQUEST_BYTES, 2)
                 if not data:
