@@ -67,7 +67,7 @@ class RelayRefused(NetworkError):
 
 
 class _Circuit(RawConnection):  # type: ignore[misc]
-    """One end of a circuit. Closing it resets its stream: a half-closed circuit is of no use."""
+    """One end of a circuit. Closing it ends its stream: a reset would overtake the last bytes."""
 
     def __init__(self, stream: Any, initiator: bool, relay: str, remote: str) -> None:
         address = Multiaddr(f"/p2p/{relay}/p2p-circuit/p2p/{remote}")
@@ -78,7 +78,6 @@ class _Circuit(RawConnection):  # type: ignore[misc]
         return
 
     async def close(self) -> None:
-        # an end, not a reset, which would overtake the last bytes
         with trio.move_on_after(2.0, shield=True):
             try:
                 await self.stream.close()

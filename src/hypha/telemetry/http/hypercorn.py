@@ -93,20 +93,15 @@ class _Server(TCPServer):
     async def _write(self, data: bytes) -> None:
         async with self.send_lock:
             try:
-                with trio.move_on_after(self.config.write_timeout_s) as waiting:
-                    await self._send_whole(data)
-                if waiting.cancelled_caught:
-                    await self.protocol.handle(Closed())
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                with trio.fail_after(self.config.write_timeout_s):
+                    await self.stream.send_all(data)
+            except trio.Cancelled:
+                # it may be half written: nothing can follow it
+                await trio.aclose_forcefully(self.stream)
+                raise
+            except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+                await trio.aclose_forcefully(self.stream)
                 await self.protocol.handle(Closed())
-
-    async def _send_whole(self, data: bytes) -> None:
-        try:
-            await self.stream.send_all(data)
-        except trio.Cancelled:
-            # it may be half written: nothing can follow it
-            await trio.aclose_forcefully(self.stream)
-            raise
 
 
 _run.TCPServer = _Server  # type: ignore[attr-defined]
