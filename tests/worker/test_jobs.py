@@ -320,6 +320,20 @@ async def test_training_job_from_lease_to_finish(network: Network, tmp_path: Pat
         await until(lambda: it.directories() == [])
 
 
+async def test_an_executor_that_cannot_be_started_is_reported(
+    network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError("no socket here")
+
+    monkeypatch.setattr("hypha.worker.jobs.execution.bind_bridge", refuse)
+    async with system(network, tmp_path) as it:
+        await it.scheduler.dispatch(await it.scheduler.lease("train", "echo", "r"), it.train())
+        ended = await it.scheduler.exit()
+        assert ended.exit_code == 126
+        assert "the worker could not start the executor: no socket here" in ended.tail
+
+
 async def test_worker_left_out_of_a_round_starts_over_with_fresh_slices(
     network: Network, tmp_path: Path
 ) -> None:

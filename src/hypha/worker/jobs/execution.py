@@ -184,14 +184,17 @@ class Execution:
                 limits.judge(ended.code != 0 and not ended.stopped)
                 why = "" if limits.excess is None else limits.excess.message
             return replace(ended, tail=f"{why}\n{ended.tail}".rstrip()) if why else ended
-        except (HyphaError, OSError) as exc:
-            return Exit(
-                code=NOT_STARTED, tail=f"the worker could not start the executor: {exc}", stopped=False
-            )
+        except* (HyphaError, OSError) as group:
+            # nurseries wrap it
+            cause: BaseException = group
         finally:
             if self._limits is not None:
                 with trio.CancelScope(shield=True):
                     await self._limits.remove()
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        tail = f"the worker could not start the executor: {cause}"
+        return Exit(code=NOT_STARTED, tail=tail, stopped=False)
 
     async def _serve_process(self, launch: Launch, limits: Limits) -> Exit:
         kill = trio.Event()
