@@ -170,7 +170,7 @@ def test_local_paths_are_resolved_first(tmp_path: Path) -> None:
         "s3://bucket/x::file:///etc/passwd": "invalid",
         "simplecache::s3://bucket/x": "invalid",
     }.items():
-        assert code_of(Local(url=url), local=rules) == code, url
+        assert code_of(Local(url=url), local_read=rules) == code, url
 
 
 def refusal(job: object, **config: object) -> str | None:
@@ -233,7 +233,6 @@ def test_place_of_checkpoints_is_checked_at_dispatch(tmp_path: Path) -> None:
 
     assert refusal(job("scheduler")) is None
     assert "allow.local_write" in (refusal(job(f"{tmp_path}/checkpoints")) or "")
-    assert refusal(job(f"{tmp_path}/checkpoints"), local=[f"{tmp_path}/*"]) is None
     places = [f"{tmp_path}/*"]
     assert refusal(job(f"{tmp_path}/checkpoints"), local_read=places, local_write=places) is None
     # what could be written and not be read back would be found out when it is needed

@@ -123,7 +123,7 @@ async def test_a_disk_that_is_full_is_told_as_such(tmp_path: Path) -> None:
         pytest.skip("needs root, to mount a small disk")
     (tmp_path / "weights").write_bytes(bytes(3 << 20))
     with small_disks(tmp_path, "disk", megabytes=4) as (disk,), http_server(_weights) as base:
-        rules = Allowance(AllowConfig(local=[f"{tmp_path}/*"], uri=[f"{base}/*"], max_file_gb=1.0))
+        rules = Allowance(AllowConfig(local_read=[f"{tmp_path}/*"], uri=[f"{base}/*"], max_file_gb=1.0))
         servers = Servers(FILES)
         connectors = Connectors(rules, SimpleNamespace(request=servers.ask, transfers=servers))  # type: ignore[arg-type]
         disk.fill()

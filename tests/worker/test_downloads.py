@@ -232,7 +232,7 @@ async def test_local_file_and_directory(tmp_path: Path) -> None:
     (source / "sub").mkdir(parents=True)
     (source / "a").write_text("a")
     (source / "sub" / "b").write_text("b")
-    rules = allowance(local=[f"{source}*"])
+    rules = allowance(local_read=[f"{source}*"])
     (tmp_path / "1").mkdir()
     assert text_of(await fetch_local(f"file://{source}/a", tmp_path / "1", rules)) == {"a": b"a"}
     (tmp_path / "2").mkdir()
@@ -241,7 +241,7 @@ async def test_local_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no file"):
         await fetch_local(f"{source}/nothing", tmp_path / "2", rules)
     with pytest.raises(Refused, match="more than"):
-        await fetch_local(f"{source}/a", tmp_path / "2", allowance(0.5, local=["*"]))  # type: ignore[arg-type]
+        await fetch_local(f"{source}/a", tmp_path / "2", allowance(0.5, local_read=["*"]))  # type: ignore[arg-type]
 
 
 async def test_link_in_an_allowed_directory_is_no_way_out(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ async def test_link_in_an_allowed_directory_is_no_way_out(tmp_path: Path) -> Non
     (source / "link").symlink_to(tmp_path / "secret")
     (tmp_path / "out").mkdir()
     with pytest.raises(Refused, match=r"allow\.local_read"):
-        await fetch_local(str(source), tmp_path / "out", allowance(local=[str(source), f"{source}/*"]))
+        await fetch_local(str(source), tmp_path / "out", allowance(local_read=[str(source), f"{source}/*"]))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -263,7 +263,7 @@ async def test_what_was_judged_is_what_is_read(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "a").write_text("the owner's")
     (tmp_path / "out").mkdir()
-    rules = allowance(local=[f"{source}*"])
+    rules = allowance(local_read=[f"{source}*"])
     judged = rules.read_local
 
     def judged_and_changed(url: str) -> Path | str:
@@ -282,13 +282,13 @@ async def test_what_was_judged_is_what_is_read(tmp_path: Path, monkeypatch: pyte
 async def test_fsspec_file_directory_limit_and_errors(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe({"/worker-test/m/a": b"a", "/worker-test/m/sub/b": b"b" * 100})
-    rules = allowance(50, local=["memory://worker-test/*", "nonsense://*"])
+    rules = allowance(50, local_read=["memory://worker-test/*", "nonsense://*"])
     (tmp_path / "1").mkdir()
     assert text_of(await fetch_local("memory://worker-test/m/a", tmp_path / "1", rules)) == {"a": b"a"}
     (tmp_path / "2").mkdir()
     with pytest.raises(Refused, match="more than"):
         await fetch_local("memory://worker-test/m", tmp_path / "2", rules)
-    rules = allowance(local=["memory://worker-test/*", "nonsense://*"])
+    rules = allowance(local_read=["memory://worker-test/*", "nonsense://*"])
     (tmp_path / "3").mkdir()
     assert text_of(await fetch_local("memory://worker-test/m", tmp_path / "3", rules)) == {
         "a": b"a",
@@ -317,7 +317,7 @@ async def test_what_cannot_be_interrupted_leaves_the_workers_threads_alone(
 
     fsspec.register_implementation("silent", Silent, clobber=True)
     (tmp_path / "out").mkdir()
-    rules, default = allowance(local=["silent://x/*"]), trio.to_thread.current_default_thread_limiter()
+    rules, default = allowance(local_read=["silent://x/*"]), trio.to_thread.current_default_thread_limiter()
     try:
         for _ in range(3):
             with trio.move_on_after(0.05):
@@ -332,6 +332,6 @@ async def test_cancelled_copy_stops(tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(b"x" * (64 << 20))
     (tmp_path / "out").mkdir()
     with trio.move_on_after(0.005) as scope:
-        await fetch_local(str(tmp_path / "big"), tmp_path / "out", allowance(1 << 30, local=["*"]))
+        await fetch_local(str(tmp_path / "big"), tmp_path / "out", allowance(1 << 30, local_read=["*"]))
     assert scope.cancelled_caught
     assert not (tmp_path / "out" / "big").exists()
