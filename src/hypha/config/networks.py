@@ -69,6 +69,7 @@ def meanings(address: Ip) -> Iterator[Ip]:
 _PORTS = {"http": "80", "https": "443"}
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _WILD = re.compile(r"[*?\[\]]")
+_IPV6 = re.compile(r"\[[0-9a-fA-F:.]+\]")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class UrlPattern:
             if user:
                 raise ValueError(f"{text!r} holds a user name, which no URL that is fetched may")
         bare = host.removeprefix("*.") if host != "*" else ""
-        if not host or (_WILD.search(bare) and not _is_ipv6(bare)) or (port != "*" and _WILD.search(port)):
+        wild = _WILD.search(bare) and not _IPV6.fullmatch(bare)
+        if not host or wild or (port != "*" and _WILD.search(port)):
             raise ValueError(
                 f"the host of {text!r} should be a name, *.name or *, with the path after a slash, such as "
                 "https://models.example.org/*"
@@ -142,7 +144,3 @@ def split_place(place: str) -> tuple[str, str, str]:
         return user, host + bracket, port.removeprefix(":")
     host, _, port = machine.partition(":")
     return user, host, port
-
-
-def _is_ipv6(host: str) -> bool:
-    return re.fullmatch(r"\[[0-9a-fA-F:.]+\]", host) is not None

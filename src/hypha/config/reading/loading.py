@@ -82,8 +82,10 @@ def load_config(
             problems += _pydantic_problems(settings, exc)
     if settings.tree:
         problems += [settings.problem(loc, message) for loc, message in cross_checks(settings)]
-    for check in checks:
-        problems += [_placed(problem, settings) for problem in check(settings)]
+    for found in (problem for check in checks for problem in check(settings)):
+        # one in a file that a key names is told where that key stands
+        message = f"{found.source}: {found.message}" if found.source else found.message
+        problems.append(settings.problem(tuple(found.key.split(".")), message) if found.key else found)
     if problems or config is None:
         # by file and line, each once
         unique = dict.fromkeys(problems)
@@ -160,12 +162,6 @@ def _parse_value(model: type[Section], keys: Sequence[str], text: str) -> Value:
         except ValueError:
             return text
     return value  # type: ignore[no-any-return]
-
-
-def _placed(problem: Problem, settings: Settings) -> Problem:
-    """A problem found in a file that a key names, told where that key stands."""
-    message = f"{problem.source}: {problem.message}" if problem.source else problem.message
-    return settings.problem(tuple(problem.key.split(".")), message) if problem.key else problem
 
 
 def _pydantic_problems(settings: Settings, exc: ValidationError) -> list[Problem]:
