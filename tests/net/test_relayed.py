@@ -53,7 +53,7 @@ async def test_with_what_init_writes_a_gateway_by_name_leads_to_direct_connectio
             ):
                 assert await kind_of(scheduler, worker) == {"direct"}
                 assert worker.bulk_addresses()
-                assert scheduler.bulk_targets(worker.peer_id, ())
+                assert await scheduler.bulk_targets(worker.peer_id, ())
     assert "through a relay" not in caplog.text
 
 

@@ -313,7 +313,7 @@ async def test_a_receiver_that_cannot_be_dialled_dials_back(
         network.leaf("worker", [sender], exclude_cidr=NO_LOOPBACK, reserve=False) as receiver,
     ):
         assert receiver.bulk_addresses() == []
-        assert sender.bulk_targets(receiver.peer_id, ()) == []
+        assert await sender.bulk_targets(receiver.peer_id, ()) == []
         inbox.on(receiver)
         for name in ("first", "again"):
             await sender.transfers.send(receiver.peer_id, source, await meta_of(source, "update", name))

@@ -42,7 +42,7 @@ async def through_proxy(network: Network) -> AsyncIterator[Ends]:
     async with network.gateway(roles=()) as far:
         async with bulk_proxy(host_and_port(far.listen_addresses()[0])) as proxy:
             async with network.leaf("worker", [f"{proxy.address}/p2p/{far.peer_id}"]) as near:
-                assert near.bulk_targets(far.peer_id, ())[0] == ("127.0.0.1", proxy.port)
+                assert (await near.bulk_targets(far.peer_id, ()))[0] == ("127.0.0.1", proxy.port)
                 yield Ends(near, far, proxy)
 
 

@@ -110,6 +110,25 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             await until(lambda: {body["round"] for body in server.got} == {8, 9, 10})
 
 
+async def test_no_error_of_a_sink_ends_the_job(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that nobody foresaw, while it closes."""
+
+    end_child = sink_process.SinkProcess._end_child
+
+    async def broken(self: sink_process.SinkProcess) -> None:
+        await end_child(self)
+        raise ValueError("unforeseen")
+
+    with bridge() as server:
+        async with opened(http(server.url)) as sink:
+            sink.put(values(1))
+            await until(lambda: not sink.waiting)
+            monkeypatch.setattr(sink_process.SinkProcess, "_end_child", broken)
+    assert said(caplog)[-1] == "The metric sink http failed."
+
+
 @pytest.mark.real
 async def test_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)

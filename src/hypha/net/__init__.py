@@ -8,11 +8,11 @@ connection.
 
 - One port: first byte 0x16 is the bulk plane's TLS, 0x13 libp2p. Only our own security transport is offered.
 - libp2p imports all that it has. What of it nobody here uses (QUIC, WebSockets, mDNS, ACME, a DNS resolver)
-  is replaced before that by modules that do nothing (``libp2p/__init__.py``, ``left_out.py``): half of what
-  the import costs, 25 MB a process.
+  is replaced before that by modules that do nothing (``libp2p/__init__.py``, ``processes/left_out.py``):
+  half of what the import costs, 25 MB a process.
 - Liveness is ours: the last byte received counts, quiet connections get a yamux ping, silence cuts.
-- All dials go through ``dialing.py``: direct addresses first, one after the other, relayed ones later. On a
-  simultaneous dial the smaller PeerID holds on.
+- All dials go through ``dialing.py``: direct addresses first, each a moment after the one before, relayed
+  ones later. On a simultaneous dial the smaller PeerID holds on.
 - A leaf is meshed with one gateway and moves on to the next at once. Gateways run the DHT server, leaves a
   small client over the same wire, because the library's look-up dials everybody it ever heard of.
 - The relay speaks circuit v2 with our own hop: a circuit owns its two streams and nothing else.

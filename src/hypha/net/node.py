@@ -7,6 +7,7 @@ together, and each of its methods is a few lines on one of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -20,7 +21,7 @@ from msgspec import structs
 from multiaddr import Multiaddr
 
 from hypha import __version__
-from hypha.errors import PeerUnreachable, listening_failed
+from hypha.errors import NetworkError, PeerUnreachable, listening_failed
 from hypha.messages import (
     MAX_ADDRESSES_SENT,
     MAX_DIALLED_BACK,
@@ -39,6 +40,7 @@ from hypha.messages import (
 )
 from hypha.naming import learn, shown
 from hypha.net.bandwidth import Caps
+from hypha.net.bulk.rendezvous import MAX_TARGETS
 from hypha.net.bulk.transfers import BulkTransfers
 from hypha.net.discovery.dht import DhtClient, DhtServer
 from hypha.net.discovery.gossip import Gossip
@@ -215,11 +217,17 @@ class Libp2pNode:
     def bulk_addresses(self) -> list[str]:
         return self._announced()[:MAX_ADDRESSES_SENT]
 
-    def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
+    async def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
         self._book.learn(PeerRef(peer=peer, addresses=offered))
-        live = self._ends_of(peer, "outbound")
-        known = [address.transport for address in self._book.direct(peer)]
-        return list(dict.fromkeys(host_and_port(text) for text in (*live, *known)))
+        found = dict.fromkeys(self._ends_of(peer, "outbound"))
+        for address in self._book.direct(peer):
+            if len(found) >= MAX_TARGETS:
+                break
+            # a name may stand for an address that nobody dials here
+            with contextlib.suppress(NetworkError):
+                anywhere = self._book.may_lead_anywhere(peer, address)
+                found |= dict.fromkeys(await self._dialer.places(address, anywhere))
+        return list(dict.fromkeys(map(host_and_port, found)))
 
     def reached_by(self, peer: str) -> bool:
         direct = {one.direction for one in self.connections() if one.peer == peer and one.kind == "direct"}

@@ -73,12 +73,15 @@ class SinkProcess:
         self._changed.set()
 
     async def run(self) -> None:
-        """Feed the sink until it is closed; no cancellation ends that."""
-        with self._scope:
-            await self._feed()
-        if self._scope.cancelled_caught:
-            logger.warning("The metric sink %s did not finish in time.", self._type)
-        await self._end_child()
+        """Feed the sink until it is closed. No cancellation ends that, and no error here ends the job."""
+        try:
+            with self._scope:
+                await self._feed()
+            if self._scope.cancelled_caught:
+                logger.warning("The metric sink %s did not finish in time.", self._type)
+            await self._end_child()
+        except Exception:  # the edge of a service
+            logger.exception("The metric sink %s failed.", self._type)
         self.dropped += len(self._waiting)
         self._waiting.clear()
         if self.dropped:
@@ -102,7 +105,7 @@ class SinkProcess:
         if self._child is not None:
             try:
                 await self._ask(None)
-            except _FailedError as exc:
+            except Exception as exc:  # noqa: BLE001 - as above
                 logger.warning("The metric sink %s was not closed: %s.", self._type, exc)
 
     def _worked(self, values: RoundValues) -> None:

@@ -32,7 +32,7 @@ BADPUT_REASONS = (
 )
 JOB_STATES = ("allocating", "loading", "training", "paused", "exporting", "done", "failed")
 SLICE_STATES = ("available", "assigned", "used")
-TRANSFER_KINDS = ("slice", "update", "theta", "checkpoint", "export", "model", "ledger")
+TRANSFER_KINDS = ("slice", "update", "theta", "checkpoint", "export", "model", "preprocessor")
 
 _refusals = tuple(sorted(REFUSALS))
 _status = Label("status", ("success", "failure"))

@@ -54,14 +54,15 @@ class NodeForkServer:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
+        self._poll = select.poll()
         #: by the pidfd of a node its PID, and where its end is told
         self._nodes: dict[int, tuple[int, socket.socket]] = {}
 
     def serve(self) -> None:
         """Until nobody can ask any more."""
+        self._poll.register(self._control, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._control.fileno(), *self._nodes], [], [])
-            for descriptor in ready:
+            for descriptor, _ in self._poll.poll():
                 if descriptor in self._nodes:
                     self._tell(descriptor)
                     continue
@@ -82,11 +83,13 @@ class NodeForkServer:
         # opened here: only the parent knows that the number is still this process's
         descriptor = os.pidfd_open(pid)
         self._nodes[descriptor] = pid, told
+        self._poll.register(descriptor, select.POLLIN)
         with contextlib.suppress(OSError):
             socket.send_fds(told, [json.dumps({"pid": pid}).encode()], [descriptor])
 
     def _tell(self, descriptor: int) -> None:
         pid, told = self._nodes.pop(descriptor)
+        self._poll.unregister(descriptor)
         os.close(descriptor)
         _, status = os.waitpid(pid, 0)
         with told, contextlib.suppress(OSError):  # who asked is gone

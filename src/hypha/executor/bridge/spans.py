@@ -73,6 +73,7 @@ class SpanRecorder(trace.TracerProvider):
         self._post = post
         self._waiting: deque[FinishedSpan] = deque()
         self._lock = threading.Lock()
+        self._posting = threading.Lock()
         self._posted_at = time.monotonic()
         #: nobody wants any more
         self._closed = False
@@ -95,6 +96,11 @@ class SpanRecorder(trace.TracerProvider):
         if time.monotonic() - self._posted_at < least_s and len(self._waiting) < _ENOUGH:
             return
         self._posted_at = time.monotonic()
+        # one at a time, so that what another thread has begun to post is posted when this returns
+        with self._posting:
+            self._post_all()
+
+    def _post_all(self) -> None:
         while self._waiting:
             with self._lock:
                 batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_SPANS_A_CALL))]

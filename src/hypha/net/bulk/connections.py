@@ -151,7 +151,7 @@ class BulkConnection(ABC):
         """
         try:
             return await self.while_working(decide)
-        except Refused:
+        except (Refused, ConnectionBroken):
             raise
         except NetworkError as exc:
             raise Refused("unreachable", str(exc)) from exc
@@ -159,23 +159,40 @@ class BulkConnection(ABC):
             logger.exception("What a peer wanted of this node failed.", extra={"peer_id": self.peer})
             raise Refused("internal", "it failed there; its log says more") from exc
 
-    async def while_working(self, work: Callable[[], Awaitable[T]]) -> T:
-        """The result of ``work``; the other end hears ``Working`` now and then meanwhile."""
+    async def while_working(self, work: Callable[[], Awaitable[T]], to_its_end: bool = False) -> T:
+        """The result of ``work``; the other end hears ``Working`` now and then meanwhile. ConnectionBroken
+        when it is gone: nobody waits for the result then, and ``work`` is cancelled unless it is to go on
+        ``to_its_end``.
+        """
+        gone: ConnectionBroken | None = None
+
+        async def say_working() -> None:
+            nonlocal gone
+            pause_s = SOON_S
+            try:
+                while True:
+                    await trio.sleep(pause_s)
+                    pause_s = WORKING_INTERVAL_S
+                    # shielded: a frame sent by half would be the end of the connection
+                    with trio.CancelScope(shield=True):
+                        await self.say(Working())
+            except ConnectionBroken as exc:
+                if not to_its_end:
+                    gone = exc
+                    nursery.cancel_scope.cancel()
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._say_working)
+            nursery.start_soon(say_working)
             # captured, so that its error comes out as itself and not in a group
             result = await outcome.acapture(work)
             nursery.cancel_scope.cancel()
+        if (
+            gone is not None
+            and isinstance(result, outcome.Error)
+            and isinstance(result.error, trio.Cancelled)
+        ):
+            raise gone
         return result.unwrap()
-
-    async def _say_working(self) -> None:
-        pause_s = SOON_S
-        while True:
-            await trio.sleep(pause_s)
-            pause_s = WORKING_INTERVAL_S
-            # shielded: a frame sent by half would be the end of the connection
-            with trio.CancelScope(shield=True), contextlib.suppress(ConnectionBroken):
-                await self.say(Working())
 
 
 class StreamConnection(BulkConnection):

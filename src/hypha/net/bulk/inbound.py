@@ -85,6 +85,11 @@ class Acceptance:
     def under_way(self) -> int:
         return len(self._inbound)
 
+    @property
+    def takes(self) -> bool:
+        """Whether anybody takes files."""
+        return bool(self._acceptors)
+
     def accept(self, kind: str, job_id: str | None, gate: Gate, arrived: Arrived) -> Callable[[], None]:
         key = (kind, job_id)
         if key in self._acceptors:

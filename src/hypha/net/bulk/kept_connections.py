@@ -7,6 +7,7 @@ such a connection speaks first each time, so that they never speak at once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.sockets import SocketConnection, is_trusted
 from hypha.pki.identity import Identity
 from hypha.tracing import untraced
+
+logger = logging.getLogger(__name__)
 
 #: Idle for longer, it is closed: what is on the way forgets connections on which nothing moves. Whoever
 #: speaks first closes first, so that nothing that is said meets the end of its connection.
@@ -57,10 +60,13 @@ class KeptConnections:
             for one in kept[: max(0, len(kept) + 1 - most)]:
                 one.scope.cancel()
         new = _Kept(link)
-        self._kept.append(new)
         link.was_kept = True
-        with untraced():  # whatever it carries next is part of another operation
-            self.nursery.start_soon(self._watch, new)
+        try:
+            with untraced():  # whatever it carries next is part of another operation
+                self.nursery.start_soon(self._watch, new)
+        except RuntimeError:  # this node is closing
+            return await link.close()
+        self._kept.append(new)
 
     def take(self, peer: str) -> SocketConnection | None:
         """The newest link to ``peer`` on which this end speaks first, for the caller to release; None when
@@ -90,6 +96,8 @@ class KeptConnections:
             with kept.scope, trio.move_on_after(SPEAKER_KEEPS_S if speaks else LISTENER_KEEPS_S):
                 await kept.link.wait_word()
                 spoke = True
+        except Exception:  # the edge of a task for a peer: its connection ends, and the node does not
+            logger.exception("A connection that was kept failed.", extra={"peer_id": kept.link.peer})
         finally:
             ours = not kept.taken
             if ours:

@@ -150,7 +150,9 @@ class Receiving:
         try:
             await link.collect(part, inbound.meta, go)
             inbound.settling = True
-            await link.while_working(lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter))
+            await link.while_working(
+                lambda: trio.to_thread.run_sync(part.finish, limiter=self._limiter), to_its_end=True
+            )
         except WrongHash as exc:
             logger.warning("What arrived is corrupt and was deleted: %s", exc, extra=inbound.log_fields)
             # what an earlier process left behind may have been part of something else: once more, from 0
@@ -159,7 +161,7 @@ class Receiving:
             part.discard()
             return await self.disk_failed(link, inbound, exc)
         else:
-            verdict = await link.while_working(lambda: self._hand_over(inbound))
+            verdict = await link.while_working(lambda: self._hand_over(inbound), to_its_end=True)
         self._parts.pop(inbound.destination, None)
         if verdict.outcome == "ok":
             self._done[inbound.caller, inbound.token] = inbound.meta.size

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import socket
 import ssl
 import threading
@@ -55,6 +56,10 @@ DIAL_TIMEOUT_S = 3.0
 DIAL_BACK_TIMEOUT_S = 15.0
 #: Addresses of one peer that are tried.
 MAX_TARGETS = 4
+#: Peers are dialled because they ask to be: so many times at once, and for one peer.
+MAX_DIAL_BACKS, MAX_DIAL_BACKS_PER_PEER = 8, 2
+#: Whoever asked to be dialled waits for ``DIAL_BACK_TIMEOUT_S``.
+_DIAL_BACK_WITHIN_S = 12.0
 #: Offers and wants that are being answered, those that wait for their turn included: in all and of one peer.
 MAX_ANSWERED = 4096
 MAX_ANSWERED_PER_PEER = 64
@@ -78,6 +83,8 @@ class Rendezvous:
 
     send: Callable[[BulkConnection, WantFile], Awaitable[bool]]
     receive: Callable[[BulkConnection, BulkOffer], Awaitable[bool]]
+    #: whether this node takes or gives files, as a gateway never does
+    has_files: Callable[[], bool]
 
     def __init__(
         self,
@@ -99,6 +106,9 @@ class Rendezvous:
         #: by peer
         self._heard: Counter[str] = Counter()
         self._answered: Counter[str] = Counter()
+        self._dialled_back: Counter[str] = Counter()
+        # each keeps a connection open, and half of the descriptors are for everything else
+        self._most_answered = min(MAX_ANSWERED, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._lock = threading.Lock()
         self._open_sockets: set[socket.socket] = set()
         #: those that somebody has, as long as he has them
@@ -201,7 +211,7 @@ class Rendezvous:
 
     async def dial(self, peer: str, offered: tuple[str, ...]) -> SocketConnection:
         """A direct connection to ``peer``. ConnectionBroken says what was tried."""
-        targets = self._links.bulk_targets(peer, offered)[:MAX_TARGETS]
+        targets = (await self._links.bulk_targets(peer, offered))[:MAX_TARGETS]
         if (last := self._reached.get(peer)) in targets:
             targets.remove(last)
             targets.insert(0, last)
@@ -251,21 +261,33 @@ class Rendezvous:
     # --- answering ------------------------------------------------------------------------------------
 
     async def _dial_back(self, caller: str, request: BulkDial) -> Acknowledged:
-        """The caller has a file, or wants one, and cannot dial this node."""
-        if self._nursery is None:
-            raise Refused("busy", "this node is closing")
-        try:
-            link = await self.dial(caller, request.addresses)
+        """The caller has a file, or wants one, and cannot dial this node. What became of each address is for
+        the log here alone: nobody looks at other machines' ports through this node.
+        """
+        if not self.has_files():
+            raise Refused("not-found", "this node neither takes nor gives files")
+        of_all, of_it = self._dialled_back.total(), self._dialled_back[caller]
+        if of_all >= MAX_DIAL_BACKS or of_it >= MAX_DIAL_BACKS_PER_PEER:
+            raise Refused("busy", "this node is dialling others already; try again later")
+        problem = f"nothing within {_DIAL_BACK_WITHIN_S:g} s"
+        with counted(self._dialled_back, caller), trio.move_on_after(_DIAL_BACK_WITHIN_S):
             try:
-                await link.say(Hello(request.token))
-            except BaseException:
-                await link.close()
-                raise
-        except ConnectionBroken as exc:
-            raise Refused("unreachable", f"no direct connection to the caller: {exc}") from exc
-        link.way = "dial-back"
-        self._nursery.start_soon(self._hear, link)
-        return Acknowledged()
+                link = await self.dial(caller, request.addresses)
+                try:
+                    await link.say(Hello(request.token))
+                except BaseException:
+                    await link.close()
+                    raise
+                link.way = "dial-back"
+                if self._nursery is not None:
+                    with contextlib.suppress(RuntimeError):  # this node is closing
+                        self._nursery.start_soon(self._hear, link)
+                        return Acknowledged()
+                link.close_now()
+            except ConnectionBroken as exc:
+                problem = str(exc)
+        logger.info("A peer that asks to be dialled cannot be: %s", problem, extra={"peer_id": caller})
+        raise Refused("unreachable", "there is no direct connection to any of the caller's addresses")
 
     def serve_socket(self, sock: socket.socket) -> None:
         """Take over an accepted blocking connection (a thread's main function); returns soon: at the
@@ -318,7 +340,9 @@ class Rendezvous:
 
     def _arrived(self, first: Hello | BulkOffer | WantFile, link: SocketConnection) -> None:
         self._proven.add(link)
-        if isinstance(first, Hello):
+        if not is_trusted(link, self._links.identity):
+            logger.info("A peer is not trusted any more.", extra={"peer_id": link.peer})
+        elif isinstance(first, Hello):
             expected = self._expected.get(first.token)
             if expected is not None and expected.peer == link.peer and expected.link is None:
                 expected.link = link
@@ -358,6 +382,8 @@ class Rendezvous:
             first = found
         except (ConnectionBroken, trio.TooSlowError) as exc:
             logger.debug("A connection that was idle has ended: %s", exc, extra={"peer_id": link.peer})
+        except Exception:  # the edge of a task for a peer, as in :meth:`_answer`
+            logger.exception("A connection that was idle failed.", extra={"peer_id": link.peer})
         finally:
             if first is None:
                 link.close_now()
@@ -392,7 +418,7 @@ class Rendezvous:
 
     @contextmanager
     def _counted(self, peer: str) -> Iterator[None]:
-        if self._answered.total() >= MAX_ANSWERED or self._answered[peer] >= MAX_ANSWERED_PER_PEER:
+        if self._answered.total() >= self._most_answered or self._answered[peer] >= MAX_ANSWERED_PER_PEER:
             raise Refused("busy", "too many files are under way here; try again later")
         with counted(self._answered, peer):
             yield

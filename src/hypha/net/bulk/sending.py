@@ -28,6 +28,7 @@ from hypha.net.bulk.blocks import KINDS as PACKED_KINDS
 from hypha.net.bulk.blocks import BlockPacker, Known, Packing
 from hypha.net.bulk.connections import BulkConnection
 from hypha.net.bulk.files import FileChanged, SourceFile
+from hypha.net.bulk.inbound import TRICKLE_BYTES
 from hypha.net.bulk.kept_connections import KeptConnections
 from hypha.net.bulk.rendezvous import Rendezvous
 from hypha.net.bulk.signals import note_link, sending
@@ -71,6 +72,8 @@ class Sending:
         self._providers: dict[str, tuple[Provider, Served | None]] = {}
         #: files that are being sent, or are to be
         self.under_way = 0
+        #: whether anybody gives files
+        self.gives = False
 
     # --- offering -------------------------------------------------------------------------------------
 
@@ -195,6 +198,7 @@ class Sending:
 
     def serve(self, kind: str, provider: Provider, served: Served | None = None) -> None:
         self._providers[kind] = (provider, served)
+        self.gives = True
 
     async def provide(self, caller: str, request: PullFile) -> tuple[Path, TransferMeta]:
         """The file that a pull names. Refused."""
@@ -266,7 +270,10 @@ class SendAttempt:
         return id_of(self.peer)
 
     def moved(self) -> object:
-        return None if self.link is None else (self.link.went, self.link.heard)
+        """What changes while its place is in use: a trickle fills nothing, and its place is lent."""
+        if self.link is None:
+            return None
+        return self.link.went // TRICKLE_BYTES, self.link.heard // TRICKLE_BYTES
 
 
 def _corrupt(peer: str, meta: TransferMeta, verdict: Verdict) -> TransferCorrupt:

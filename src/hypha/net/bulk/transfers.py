@@ -45,6 +45,7 @@ class BulkTransfers:
         self._sending = Sending(links, self._rendezvous, kept, tuning.transfers)
         self._pulling = Pulling(links, self._rendezvous, kept, self._receiving)
         self._rendezvous.send, self._rendezvous.receive = self._sending.wanted, self._receiving.offered
+        self._rendezvous.has_files = lambda: self._sending.gives or self._receiving.acceptance.takes
         self.serve = self._sending.serve
         self.accept = self._receiving.acceptance.accept
         #: take over an incoming blocking connection

@@ -27,6 +27,8 @@ from hypha.access import KINDS, NOBODY, Allowed, carries, may_act_as, named
 from hypha.decoding import decode
 from hypha.errors import PeerUnreachable, Refused, Undecodable
 from hypha.messages import WIRE_VERSION, BulkOffer, PeerRef, PullFile, TransferMeta
+from hypha.naming import cleaned
+from hypha.net.rpc import MAX_REASON_LENGTH
 from hypha.node import Node
 from hypha.pki.identity import Identity
 
@@ -69,7 +71,7 @@ class BulkConnections(Node, Protocol):
     def bulk_addresses(self) -> list[str]:
         """Direct multiaddrs of this node that others may dial (the same port as libp2p's); no circuits."""
 
-    def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
+    async def bulk_targets(self, peer: str, offered: tuple[str, ...]) -> list[tuple[str, int]]:
         """``(host, port)`` to dial for bulk, best first: the remote end of live direct connections to
         ``peer`` that *this* node dialled, then ``offered`` and known direct addresses that are not
         excluded. Empty when only a relay leads there.
@@ -150,9 +152,13 @@ def encode_frame(frame: Frame) -> bytes:
 def decode_frame(payload: bytes) -> Frame:
     """The struct; ConnectionBroken when it is none."""
     try:
-        return decode(_decoder.decode, payload)
+        frame = decode(_decoder.decode, payload)
     except Undecodable as exc:
         raise ConnectionBroken(f"the peer sent nonsense: {exc}") from exc
+    if isinstance(frame, Verdict):
+        reason = frame.reason[:MAX_REASON_LENGTH]
+        return msgspec.structs.replace(frame, code=cleaned(frame.code), reason=reason)
+    return frame
 
 
 def encode_length(length: int) -> bytes:

@@ -49,7 +49,7 @@ PER_PEER: tuple[tuple[str, int | None, str], ...] = (
     ("/hypha/report/", 4, "reports"),
     ("/meshsub/", 4, "gossip"),
     ("/floodsub/", 4, "gossip"),
-    # as many transfers of one peer may wait for their turn (MAX_WAITING_PER_PEER of ``bulk/receiving.py``)
+    # as many transfers of one peer may wait for their turn (MAX_ANSWERED_PER_PEER of ``bulk/rendezvous.py``)
     ("/hypha/bulk/", 64, "bulk"),
     # one for each dataset that is announced or looked up at that moment
     ("/ipfs/kad/", 32, "dht"),

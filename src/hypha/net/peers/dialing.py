@@ -211,12 +211,7 @@ class Dialer:
         each is tried a moment after the one before, as any of them may be dead. NetworkError says of all why
         not.
         """
-        places = await self._resolve(address)
-        wanted = [place for place in places if anywhere or not self._book.excluded(parse(place))]
-        if not wanted:
-            raise NetworkError(
-                "all its addresses are in exclude_cidr" if places else "the name has no address"
-            )
+        wanted = await self.places(address, anywhere)
         found: list[T] = []
         failures: list[NetworkError] = []
         async with trio.open_nursery() as nursery:
@@ -249,6 +244,18 @@ class Dialer:
             raise NetworkError(f"no answer within {self._timings.dial_s:g} s") from exc
         except Exception as exc:  # whoever listens there has proven nothing yet, and says what it likes
             raise NetworkError(reason_of(exc)) from exc
+
+    async def places(self, address: Address, anywhere: bool) -> list[str]:
+        """Where ``address`` may be dialled, by IP; ``anywhere``: even where exclude_cidr has it. NetworkError
+        when there is no such place.
+        """
+        places = await self._resolve(address)
+        wanted = [place for place in places if anywhere or not self._book.excluded(parse(place))]
+        if not wanted:
+            raise NetworkError(
+                "all its addresses are in exclude_cidr" if places else "the name has no address"
+            )
+        return wanted
 
     async def _resolve(self, address: Address) -> list[str]:
         """``address`` by IP, its name resolved as the system does it (hosts file included). NetworkError."""

@@ -63,6 +63,8 @@ class WorkingJob(JobStage):
         super().__init__("", opened.dataset)
         self._context = context
         self._ledger = opened.ledger
+        #: whether the ledger has what the machine said last of slices, as far as it was carried out
+        self._slices_kept = True
         job_id, keep = opened.generation.start.job_id, context.config.checkpoint.keep
         self._store = CheckpointStore(context.state, job_id, keep)
         self._nursery = nursery
@@ -117,8 +119,8 @@ class WorkingJob(JobStage):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._request_save, server, asked_for)
                     while newest < machine.round:
-                        await self._carry_out_durable()
-                        newest = await self._newest_start()
+                        if isinstance(await self._carry_out_durable(), events.Checkpointed):
+                            newest = await self._newest_start()
                     nursery.cancel_scope.cancel()
         fields = {"job_id": machine.start.job_id}
         if newest < machine.round:
@@ -127,10 +129,11 @@ class WorkingJob(JobStage):
         else:
             logger.info("The job will go on from round %d", newest, extra=fields)
 
-    async def _carry_out_durable(self) -> None:
+    async def _carry_out_durable(self) -> events.Action | trio.Event:
         action = await self._actions.receive()
         if isinstance(action, events.Durable | trio.Event):
             await self._carry_out(action)
+        return action
 
     async def _newest_start(self) -> int:
         newest, *_ = await self._ledger.run(Ledger.starts)
@@ -215,8 +218,10 @@ class WorkingJob(JobStage):
 
     async def _carry_out(self, action: events.Action | trio.Event) -> None:
         match action:
-            case trio.Event():
+            case trio.Event() if self._slices_kept:
                 action.set()
+            case trio.Event():
+                pass  # what it waits for was not written, as the job stops
             case events.Record(entry=entry, tracker=tracker, steps=steps):
                 await self._ledger.run(Ledger.record, entry, tracker, steps)
                 logger.info(
@@ -229,7 +234,9 @@ class WorkingJob(JobStage):
                     extra={"round": entry.round},
                 )
             case events.KeepSlices(tracker=tracker):
+                self._slices_kept = False
                 await self._ledger.run(Ledger.keep_slices, tracker)
+                self._slices_kept = True
             case events.FirstTheta(theta=theta):
                 await self._ledger.run(Ledger.first_theta, theta)
             case events.Checkpointed(round=round_, place=place):

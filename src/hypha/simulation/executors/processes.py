@@ -1,6 +1,6 @@
 """The executors of a simulated world: each one is a child process of its worker's, as a real one is.
 
-They speak the bridge's protocol as the real ones do. A batch takes as long as the machine's speed says.
+They run the code of the real ones. A batch takes as long as the machine's speed says.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class SimulatedTransfers:
         self, caller: str, meta: TransferMeta, token: str, data: bytes, progress: list[float] | None = None
     ) -> None:
         """One whole attempt to receive a file, in the receiver's process; ``progress`` is the sender's.
-        Raises Refused, TransferCorrupt and LinkBroken.
+        Raises Refused, TransferCorrupt and SimulatedLinkBroken.
         """
         if (caller, token) in self._done:
             return
