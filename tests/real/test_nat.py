@@ -146,7 +146,7 @@ async def test_a_worker_that_may_dial_out(dialled: Behind, server: str) -> None:
 
 
 async def test_a_data_node_that_may_dial_out(dialled: Behind) -> None:
-    await serves_from_inside(dialled, "direct")
+    await serves_from_inside(dialled, "dial-back")
 
 
 async def serves_from_inside(behind: Behind, way: str) -> None:
