@@ -83,7 +83,7 @@ def recovered():
     elif "directory" in kind:
         staging.StagedDirectory(target).__exit__(None, None, None)
     else:
-        staging.StagedFile(target).discard()
+        staging.StagedFile(target).__exit__()
 
 
 def killed_at(last, content):

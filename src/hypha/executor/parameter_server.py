@@ -15,11 +15,9 @@ import os
 import shutil
 import sys
 from collections import deque
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from opentelemetry.trace import Span
 from torch import Tensor
 
 from hypha.decoding import MAX_REASON
@@ -65,7 +63,6 @@ from hypha.tracing.operations import (
     LOAD_MODEL,
     OUTER_STEP,
     RECEIVE_UPDATE,
-    Operation,
 )
 
 logger = logging.getLogger("hypha.executor.parameter_server")
@@ -160,9 +157,6 @@ class ParameterServer:
     def _peers(self) -> tuple[PeerRef, ...]:
         return () if self._members is None else self._members.peers
 
-    def _span(self, operation: Operation, round_: int) -> AbstractContextManager[Span]:
-        return self._traces.in_round(operation, self._generation, round_)
-
     async def _handle(self, item: Directive | ReceivedFile) -> None:
         match item:
             case ReceivedFile():
@@ -231,7 +225,7 @@ class ParameterServer:
     def _update_arrived(self, file: ReceivedFile) -> None:
         round = file.meta.stamp.round if file.meta.stamp is not None else -1
         path = self._bridge.directory / file.path
-        with self._span(RECEIVE_UPDATE, round) as receiving:
+        with self._traces.in_round(RECEIVE_UPDATE, self._generation, round) as receiving:
             receiving.set_attributes({"hypha.peer": file.from_peer, "hypha.transfer.bytes": file.size})
             try:
                 if not admit(file, self._job, self.round, self._members):
@@ -275,7 +269,7 @@ class ParameterServer:
         if directive.round != self.round:
             logger.warning("Round %d cannot be closed in round %d.", directive.round, self.round)
             return
-        with self._span(OUTER_STEP, self.round):
+        with self._traces.in_round(OUTER_STEP, self._generation, self.round):
             checkpoint, old = self._step(directive)
         if not directive.final:
             self._send_theta(self._peers)
@@ -328,7 +322,7 @@ class ParameterServer:
             attempt=attempt,
             xxh3=self._hashes.xxh3,
         )
-        span = self._span(BROADCAST, round_)
+        span = self._traces.in_round(BROADCAST, self._generation, round_)
 
         async def broadcast() -> None:
             # the worker has tried long enough when it reports a failure: whoever still takes part is missed
@@ -360,7 +354,10 @@ class ParameterServer:
             contributors=self._contributors,
         )
         self._archive.checkpoint(
-            state, self._theta_path(), self._outer.momentum_or_zeros, self._span(CHECKPOINT, within)
+            state,
+            self._theta_path(),
+            self._outer.momentum_or_zeros,
+            self._traces.in_round(CHECKPOINT, self._generation, within),
         )
 
 

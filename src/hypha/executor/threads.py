@@ -28,24 +28,14 @@ def finish(coroutine: Coroutine[Any, Any, T]) -> T:
     raise RuntimeError(f"{coroutine!r} waits for something that no thread of an executor can wait for")
 
 
-class ThreadCondition:
+class ThreadCondition(threading.Condition):
     """A lock, and what is waited for under it. Whoever changes that calls ``notify_all``, under the lock."""
 
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-
-    def __enter__(self) -> None:
-        self._condition.acquire()
-
-    def __exit__(self, *failure: object) -> None:
-        self._condition.release()
-
-    def notify_all(self) -> None:
-        self._condition.notify_all()
-
-    async def wait_for(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
+    async def wait_for(  # type: ignore[override]
+        self, holds: Callable[[], bool], timeout_s: float | None = None
+    ) -> bool:
         """Wait, under the lock, until ``holds()``; False after ``timeout_s``."""
-        return self._condition.wait_for(holds, timeout_s)
+        return super().wait_for(holds, timeout_s)
 
 
 class Threads:

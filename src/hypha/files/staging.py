@@ -195,7 +195,11 @@ class StagedFile(AbstractContextManager["StagedFile"]):
             os.close(descriptor)
 
     def __exit__(self, *exc: object) -> None:
-        self.discard()
+        """Close and delete it, unless it was published."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+        with contextlib.suppress(OSError):
+            self.staged.unlink()
 
     def publish(self) -> None:
         """Put the file in its place. OSError when that cannot be; nothing has changed then."""
@@ -212,32 +216,19 @@ class StagedFile(AbstractContextManager["StagedFile"]):
             held = os.dup(descriptor)
             try:
                 self.file.close()
-                self._rename()
+                try:
+                    # unlike rename, a link fails when somebody made the file in the meantime
+                    (os.link if self._exclusive else os.replace)(self.staged, self.path)
+                except FileExistsError:
+                    raise
+                except OSError:  # no hard links on this file system
+                    if not self._exclusive or os.path.lexists(self.path):
+                        raise
+                    os.rename(self.staged, self.path)
             finally:
                 os.close(held)
             if self._durable:
                 sync(self.path.parent)
-
-    def _rename(self) -> None:
-        if not self._exclusive:
-            os.replace(self.staged, self.path)
-            return
-        try:
-            # unlike rename, this fails when somebody made the file in the meantime
-            os.link(self.staged, self.path)
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links on this file system
-            if os.path.lexists(self.path):
-                raise
-            os.rename(self.staged, self.path)
-
-    def discard(self) -> None:
-        """Close and delete it, unless it was published."""
-        with contextlib.suppress(OSError):
-            self.file.close()
-        with contextlib.suppress(OSError):
-            self.staged.unlink()
 
 
 def write_whole(

@@ -107,18 +107,15 @@ class Hasher:
     def __init__(self, quick: bool = False, beside: bool = False) -> None:
         self._strong = None if quick else blake3.blake3()
         self._quick = xxhash.xxh3_128()
+        self._all = [one for one in (self._quick, self._strong) if one is not None]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="hash") if beside else None
 
     def update(self, data: bytes | memoryview) -> None:
-        if self._thread is not None:
-            self._thread.submit(self._add, data)
-        else:
-            self._add(data)
-
-    def _add(self, data: bytes | memoryview) -> None:
-        self._quick.update(data)
-        if self._strong is not None:
-            self._strong.update(data)
+        for one in self._all:
+            if self._thread is not None:
+                self._thread.submit(one.update, data)
+            else:
+                one.update(data)
 
     def digests(self) -> Digests:
         """Of all of it; the last call."""

@@ -23,8 +23,12 @@ class Theta:
     def all(self) -> dict[str, Tensor]:
         return self.parameters | self.buffers
 
-    def specs(self) -> dict[str, Spec]:
-        return specs_of(self.all())
+    def specs(self, sent_as: torch.dtype | None = None) -> dict[str, Spec]:
+        """Those of its tensors; of an update's, where parameters are ``sent_as`` that type."""
+        found = specs_of(self.all())
+        if sent_as is not None:
+            found |= {name: Spec(sent_as, found[name].shape) for name in self.parameters}
+        return found
 
     def copy(self) -> Theta:
         """Its own memory, on the CPU."""

@@ -23,7 +23,6 @@ from hypha.executor.files.reused import ReusedFiles
 from hypha.executor.files.tensors import (
     CHUNK,
     Hasher,
-    Spec,
     TensorFile,
     difference,
     one_thread,
@@ -81,16 +80,11 @@ def write_update(
             yield piece.to(_ENCODED[encoding])
 
     hasher = Hasher(quick=True)
-    write_pieces(path, _specs(base, encoding), encoded, metadata, hasher, reused)
+    write_pieces(path, base.specs(_ENCODED[encoding]), encoded, metadata, hasher, reused)
     if not math.isfinite(squares):
         path.unlink()
         raise NotFinite("the local model holds values that are not finite; the learning rate may be too high")
     return hasher.digests().xxh3
-
-
-def _specs(theta: Theta, encoding: str) -> dict[str, Spec]:
-    encoded = {name: Spec(_ENCODED[encoding], tuple(value.shape)) for name, value in theta.parameters.items()}
-    return theta.specs() | encoded
 
 
 def _differences(local: Theta, base: Theta, name: str) -> Iterator[Tensor]:
@@ -139,7 +133,7 @@ class UpdateFile:
                 raise DataError(f"the scales of an int8 update cannot be read: {exc}") from exc
             if self._scales.keys() != theta.parameters.keys():
                 raise DataError("an int8 update needs one scale for each parameter")
-        if problem := difference(file.specs, _specs(theta, encoding)):
+        if problem := difference(file.specs, theta.specs(_ENCODED[encoding])):
             raise DataError(f"the update does not fit the model: {problem}")
 
     def reader(self) -> ChunkReader:

@@ -76,7 +76,8 @@ class KeptConnections:
             if kept.link.speaks and kept.link.peer == peer and not kept.scope.cancel_called:
                 kept.scope.cancel()
                 if is_trusted(kept.link, self._identity):
-                    self._let_go(kept)
+                    kept.taken = True
+                    self._kept.remove(kept)
                     return kept.link
         return None
 
@@ -85,10 +86,6 @@ class KeptConnections:
         for kept in self._kept:
             if kept.link.peer == peer and kept.link.speaks:
                 kept.scope.cancel()
-
-    def _let_go(self, kept: _Kept) -> None:
-        kept.taken = True
-        self._kept.remove(kept)
 
     async def _watch(self, kept: _Kept) -> None:
         speaks, spoke = kept.link.speaks, False
@@ -101,7 +98,8 @@ class KeptConnections:
         finally:
             ours = not kept.taken
             if ours:
-                self._let_go(kept)
+                kept.taken = True
+                self._kept.remove(kept)
                 if speaks or not spoke:
                     kept.link.close_now()
         if ours and spoke and not speaks:

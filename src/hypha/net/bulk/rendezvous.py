@@ -399,7 +399,10 @@ class Rendezvous:
                     f"the peer said {type(first).__name__} where an offer or a want was due"
                 )
             try:
-                with self._counted(link.peer), trace_context(first.traceparent):
+                of_it = self._answered[link.peer]
+                if self._answered.total() >= self._most_answered or of_it >= MAX_ANSWERED_PER_PEER:
+                    raise Refused("busy", "too many files are under way here; try again later")
+                with counted(self._answered, link.peer), trace_context(first.traceparent):
                     if isinstance(first, BulkOffer):
                         reusable = await self.receive(link, first)
                     else:
@@ -415,10 +418,3 @@ class Rendezvous:
             logger.exception("A transfer that a peer began failed.", extra={"peer_id": link.peer})
         finally:
             await self._kept.release(link, reusable)
-
-    @contextmanager
-    def _counted(self, peer: str) -> Iterator[None]:
-        if self._answered.total() >= self._most_answered or self._answered[peer] >= MAX_ANSWERED_PER_PEER:
-            raise Refused("busy", "too many files are under way here; try again later")
-        with counted(self._answered, peer):
-            yield

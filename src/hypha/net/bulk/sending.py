@@ -81,10 +81,10 @@ class Sending:
         peer_id, token, retries = id_of(peer), new_token(), Retries(patience_s)
         with self._counted(peer_id, meta):
             while True:
-                attempt = SendAttempt(peer, path, meta, token, self._packing_for(peer_id, meta))
+                attempt = SendAttempt(peer_id, path, meta, token, self._packing_for(peer_id, meta))
                 try:
                     async with self.places.hold(attempt.moved):
-                        verdict = await self._attempt(attempt)
+                        verdict = await self._attempt(peer, attempt)
                     if verdict.outcome == "ok":
                         return
                     verdict.raise_if_refused(peer_id)
@@ -117,14 +117,14 @@ class Sending:
         finally:
             self.under_way -= 1
 
-    async def _attempt(self, attempt: SendAttempt) -> Verdict:
+    async def _attempt(self, peer: PeerRef | str, attempt: SendAttempt) -> Verdict:
         def offer() -> BulkOffer:
-            require_receiver(self._links, attempt.peer_id, attempt.meta.kind)
+            require_receiver(self._links, attempt.peer, attempt.meta.kind)
             return BulkOffer(token=attempt.token, meta=attempt.meta, addresses=(), traceparent=traceparent())
 
         # what is offered must be there first
         async with self._opened(attempt) as source:
-            link, answer = await self._rendezvous.ask(attempt.peer, offer)
+            link, answer = await self._rendezvous.ask(peer, offer)
             reusable = False
             try:
                 if isinstance(answer, Verdict):
@@ -167,7 +167,7 @@ class Sending:
                 meta.size - offset,
                 trio.current_time() - started,
                 link.way,
-                extra={"peer_id": attempt.peer_id},
+                extra={"peer_id": attempt.peer},
             )
         return verdict
 
@@ -182,7 +182,7 @@ class Sending:
         packing = attempt.packing
         if packing is None:
             return
-        self._lines[attempt.peer_id] = packing.known
+        self._lines[attempt.peer] = packing.known
         if packing.plain_bytes:
             PACKED_BYTES.add(packing.plain_bytes, stage="before")
             PACKED_BYTES.add(packing.packed_bytes, stage="after")
@@ -191,7 +191,7 @@ class Sending:
                 attempt.meta.name,
                 packing.plain_bytes,
                 packing.packed_bytes,
-                extra={"peer_id": attempt.peer_id},
+                extra={"peer_id": attempt.peer},
             )
 
     # --- serving --------------------------------------------------------------------------------------
@@ -257,17 +257,13 @@ class Sending:
 class SendAttempt:
     """One attempt to send; ``offset`` is what was there already, ``link`` where it goes."""
 
-    peer: PeerRef | str
+    peer: str
     path: Path
     meta: TransferMeta
     token: str
     packing: Packing | None = None
     offset: int = 0
     link: BulkConnection | None = None
-
-    @property
-    def peer_id(self) -> str:
-        return id_of(self.peer)
 
     def moved(self) -> object:
         """What changes while its place is in use: a trickle fills nothing, and its place is lent."""

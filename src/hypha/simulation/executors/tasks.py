@@ -16,8 +16,9 @@ class TaskCondition(ThreadCondition):
     def __init__(self) -> None:
         self._changes = Changes()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> bool:
         """There is nothing to lock."""
+        return True
 
     def __exit__(self, *failure: object) -> None:
         """There is nothing to release."""
@@ -25,7 +26,9 @@ class TaskCondition(ThreadCondition):
     def notify_all(self) -> None:
         self._changes.note()
 
-    async def wait_for(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
+    async def wait_for(  # type: ignore[override]
+        self, holds: Callable[[], bool], timeout_s: float | None = None
+    ) -> bool:
         with trio.move_on_after(float("inf") if timeout_s is None else timeout_s):
             while not holds():
                 await self._changes.wait()
