@@ -132,14 +132,12 @@ def _stem(name: str) -> str:
 
 
 class _Raw(io.FileIO):
-    """A write to a descriptor does not say which file it was."""
+    """A write to a descriptor does not say which file it was: it is to ``path``."""
 
-    def __init__(self, descriptor: int, path: Path) -> None:
-        super().__init__(descriptor, "wb")
-        self._path = path
+    path: Path
 
     def write(self, data: Any, /) -> int:
-        with naming(self._path):
+        with naming(self.path):
             return super().write(data)
 
 
@@ -168,9 +166,12 @@ class StagedFile(AbstractContextManager["StagedFile"]):
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISREG(found := path.stat().st_mode) and not stat.S_ISDIR(found):
                     raise OSError(errno.EINVAL, "it is no regular file, and is not replaced", str(path))
-            remove_unfinished(path.parent, _stem(path.name).__eq__)
+            if over is None:  # files are reused by an executor alone, whose directory goes with it
+                remove_unfinished(path.parent, _stem(path.name).__eq__)
             self.staged, descriptor = self._make()
-            self.file: BinaryIO = io.BufferedWriter(_Raw(descriptor, path))
+            raw = _Raw(descriptor, "wb")
+            raw.path = path
+            self.file: BinaryIO = io.BufferedWriter(raw)
 
     def _make(self) -> tuple[Path, int]:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -303,7 +304,8 @@ class StagedDirectory(AbstractContextManager["StagedDirectory"]):
         with source.open("rb") as read:
             with naming(self.target / name):
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            with _Raw(descriptor, self.target / name) as made:
+            with _Raw(descriptor, "wb") as made:
+                made.path = self.target / name
                 while data := read.read(_CHUNK_BYTES):
                     check()
                     while data:

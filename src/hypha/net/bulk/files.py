@@ -17,8 +17,7 @@ from typing import BinaryIO, Protocol
 from blake3 import blake3
 from xxhash import xxh3_128
 
-from hypha.files import disks
-from hypha.files.disks import existing, explained, is_disk_full, sync
+from hypha.files.disks import explained, is_disk_full, sync
 from hypha.messages import QUICK_KINDS, TransferMeta
 from hypha.net.bulk.wire import BLOCK_BYTES
 
@@ -233,11 +232,18 @@ def copy_verified(source: Path, destination: Path, meta: TransferMeta) -> None:
 
 
 def free_bytes(destination: Path) -> int | None:
-    """Space left where ``destination`` is to lie; ``None`` when nobody knows."""
-    try:
-        return disks.free_bytes(existing(destination.parent))
-    except OSError:
-        return None
+    """Space left where ``destination`` is to lie, in a directory that may not exist yet; ``None`` when nobody
+    knows.
+    """
+    for directory in destination.parents:
+        try:
+            found = os.statvfs(directory)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+        return found.f_bavail * found.f_frsize
+    return None
 
 
 def _take_spare(path: Path) -> bool:

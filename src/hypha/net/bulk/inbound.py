@@ -60,8 +60,7 @@ class Inbound:
 
     def moved(self) -> tuple[int, int]:
         """What changes while its place is in use: a trickle fills nothing, and its place is lent."""
-        link, heard = self.heard()
-        return link, heard // TRICKLE_BYTES
+        return (0, 0) if self.link is None else (id(self.link), self.link.heard // TRICKLE_BYTES)
 
     async def end(self) -> None:
         """Cut it, unless it is here already, and return when it has ended."""
@@ -79,11 +78,11 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
-        self._inbound: dict[str, Inbound] = {}
+        self.by_token: dict[str, Inbound] = {}
 
     @property
     def under_way(self) -> int:
-        return len(self._inbound)
+        return len(self.by_token)
 
     @property
     def takes(self) -> bool:
@@ -99,7 +98,7 @@ class Acceptance:
         def stop() -> None:
             if self._acceptors.get(key) is acceptor:
                 del self._acceptors[key]
-            for inbound in list(self._inbound.values()):
+            for inbound in list(self.by_token.values()):
                 # ``arrived`` itself may be the one that stops
                 if inbound.acceptor is acceptor and not inbound.settling:
                     inbound.scope.cancel()
@@ -114,19 +113,16 @@ class Acceptance:
             raise Refused("not-found", f"nobody here takes files of kind {meta.kind!r} for this job")
         return acceptor
 
-    def of_token(self, token: str) -> Inbound | None:
-        return self._inbound.get(token)
-
     @contextlib.contextmanager
     def tracked(self, inbound: Inbound) -> Iterator[None]:
         """The transfer is under way meanwhile."""
-        self._inbound[inbound.token] = inbound
+        self.by_token[inbound.token] = inbound
         try:
             yield
         finally:
             inbound.ended.set()
-            if self._inbound.get(inbound.token) is inbound:
-                del self._inbound[inbound.token]
+            if self.by_token.get(inbound.token) is inbound:
+                del self.by_token[inbound.token]
 
     async def claim(self, inbound: Inbound) -> None:
         """See that nothing else writes to its destination: a sender that starts anew ends its own earlier
@@ -134,7 +130,7 @@ class Acceptance:
         """
         while others := [
             one
-            for one in self._inbound.values()
+            for one in self.by_token.values()
             if one.destination == inbound.destination and one is not inbound
         ]:
             if others[0].caller != inbound.caller or others[0].settling:

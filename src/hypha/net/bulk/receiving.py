@@ -61,7 +61,7 @@ class Receiving:
         if not 16 <= len(token) <= 64:
             raise Refused("malformed", "the token of an offer has 16 to 64 characters")
         require_sender(self._links, caller, meta.kind)
-        if (earlier := self.acceptance.of_token(token)) is not None:
+        if (earlier := self.acceptance.by_token.get(token)) is not None:
             if (earlier.caller, earlier.meta) != (caller, meta):
                 raise Refused("not-found", "this token belongs to another transfer")
             # its sender has given that connection up
