@@ -4,7 +4,8 @@ Whoever has a file to send or wants one asks over a connection that was kept, el
 other end answers over that very connection. What it may do is judged by its certificate. One that cannot be
 dialled is asked by a request to dial, and names the request's token when it does: from anybody else that
 token is worth nothing. Direct connections are dialled and accepted here in threads with short time-outs;
-:meth:`Rendezvous.close` ends them all.
+:meth:`Rendezvous.close` ends them all. It is one module, as asking and answering share the connections that
+are expected, proven and counted.
 """
 
 from __future__ import annotations
