@@ -38,13 +38,14 @@ async def test_a_slow_link_stretches_rounds_until_it_is_healed(system: System) -
     await prepare(system, 2)
     scheduler = await system.scheduler(digits_job(None, 2, 12))
     fault = await fail_at(TargetJob(system, scheduler), "worker", 3, how="slow")
-    seen = await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 2)
+    seen = await system.reached(scheduler, lambda seen: seen.round >= fault.before.round + 3)
     await recover(system, fault)
     assert await system.ended(scheduler) == 0, scheduler.tail()
     _, ledger = system.ledger("job")
     print(durations(ledger))
     entries = counted(ledger)
-    # theta to it and its update back have 0.3 MB each, and 100 kB/s are left of its line
-    assert entries[fault.before.round + 1].duration_s > 3.0
+    # theta to it and its update back have 0.3 MB each, and 100 kB/s are left of its line; on a busy machine a
+    # round or two may be over before that is in force
+    assert max(entry.duration_s for entry in entries[fault.before.round + 1 : seen.round]) > 3.0
     assert all(entry.duration_s < 3.0 for entry in entries[seen.round + 1 :])
     assert all(len(entry.contributors) == 2 for entry in entries)

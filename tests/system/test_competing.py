@@ -163,10 +163,11 @@ async def test_two_schedulers_share_six_workers_by_price_and_prices_fall_back(sy
     for name, kind in KINDS.items():
         least = kind.price if kind.strategy == "flexible" else max(kind.floor, kind.price / 2)
         await market.comes_to_ask(name, least)
-        given = await market.given(name)
+        # what an executor has is reserved until it is gone
+        while (given := await market.given(name)).price is not None and given.price.load:
+            await trio.sleep(0.1)
         assert given.leases == ()
         assert given.price is not None
-        assert given.price.load == 0.0
     await system.group.stop()
     now = os.times()
     children_s = now.children_user + now.children_system - used.children_user - used.children_system
