@@ -41,8 +41,9 @@ class Kind:
 
 
 KINDS = {
-    "cheap": Kind(3, 0.5, serves=True),
-    "usual": Kind(3, 1.0, serves=True),
+    # with room for all that two jobs may place there: which of a job's requests comes first is not said
+    "cheap": Kind(4, 0.5, serves=True),
+    "usual": Kind(4, 1.0, serves=True),
     "small-1": Kind(1, 0.5),
     "small-2": Kind(1, 1.0),
     "dear": Kind(1, 3.0, strategy="flexible"),
