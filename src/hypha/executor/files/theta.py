@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hypha.executor.files.tensors import Spec, one_thread
+from hypha.executor.files.tensors import Spec, one_thread, specs_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Theta:
 
     def specs(self, sent_as: torch.dtype | None = None) -> dict[str, Spec]:
         """Those of its tensors; of an update's, where parameters are ``sent_as`` that type."""
-        values = self.parameters | self.buffers
-        found = {name: Spec(value.dtype, tuple(value.shape)) for name, value in values.items()}
+        found = specs_of(self.parameters | self.buffers)
         if sent_as is not None:
             found |= {name: Spec(sent_as, found[name].shape) for name in self.parameters}
         return found

@@ -17,6 +17,7 @@ from typing import BinaryIO, Protocol
 from blake3 import blake3
 from xxhash import xxh3_128
 
+from hypha.files import disks
 from hypha.files.disks import explained, is_disk_full, sync
 from hypha.messages import QUICK_KINDS, TransferMeta
 from hypha.net.bulk.wire import BLOCK_BYTES
@@ -237,12 +238,11 @@ def free_bytes(destination: Path) -> int | None:
     """
     for directory in destination.parents:
         try:
-            found = os.statvfs(directory)
+            return disks.free_bytes(directory)
         except FileNotFoundError:
             continue
         except OSError:
             break
-        return found.f_bavail * found.f_frsize
     return None
 
 

@@ -78,6 +78,7 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._acceptors: dict[tuple[str, str | None], Acceptor] = {}
+        #: what is on its way in
         self.by_token: dict[str, Inbound] = {}
 
     @property
